@@ -1,0 +1,66 @@
+"""The three building blocks that the decoder and the vision tower share.
+
+Every block computes in the dtype of its input and casts its parameters to it, so the same module runs in bfloat16, float32
+and float64. Norms accumulate in float32 or wider.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+INIT_STD = 0.02  # Qwen's initializer_range
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """`x` in float32, or wider if it is already."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias`, kernel [in_features, out_features]."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (in_features, out_features)))
+        self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation over the last axis (Zhang and Sennrich 2019)."""
+
+    def __init__(self, features: int, *, eps: float, rngs: nnx.Rngs):
+        del rngs  # the scale starts at one
+        self.scale = nnx.Param(jnp.ones((features,)))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = wide(x)
+        h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
+        return h.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """SwiGLU feed-forward block: `down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(self, features: int, hidden: int, *, bias: bool, rngs: nnx.Rngs):
+        self.gate = Linear(features, hidden, bias=bias, rngs=rngs)
+        self.up = Linear(features, hidden, bias=bias, rngs=rngs)
+        self.down = Linear(hidden, features, bias=bias, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotary embedding of `x` float[..., H, D] by `angles` float[..., D/2], halves convention (Su et al. 2021).
+
+    The rotation happens in float32 or wider.
+    """
+    cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
+    first, second = jnp.split(wide(x), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
