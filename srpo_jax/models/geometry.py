@@ -1,8 +1,8 @@
 """Where pixels and tokens lie: everything about Qwen2.5-VL's shapes that depends on the data, in numpy on the host.
 
 An image is resized to a whole number of merge units (squares of merge x merge patches, one language token each). Its
-patches come from the image processor unit by unit, units in raster order. For the vision tower they are laid out window by
-window, and every window is padded to its full number of units, so that window attention is a reshape:
+patches come from the image processor unit by unit, units in raster order. For the vision tower they are laid out window
+by window, and every window is padded to its full number of units, so that window attention is a reshape:
 
     units of a 3 x 3 image        windows of 2 x 2 units          layout (. = padding)
         0 1 2                        0 1 | 2 .
@@ -22,8 +22,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from srpo_jax.inputs import VisionInputs
 from srpo_jax.models.config import ModelConfig, VisionConfig
-from srpo_jax.models.inputs import VisionInputs
 
 MAX_ASPECT_RATIO = 200
 Size = tuple[int, int]  # (height, width)
@@ -129,7 +129,7 @@ def window_units(rows: int, columns: int, side: int) -> np.ndarray:
 
 
 def patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
-    """int32[rows * columns * merge**2, 2], (row, column) of each patch, unit by unit; rows and columns in merge units."""
+    """int32[rows * columns * merge**2, 2], (row, column) of each patch, unit by unit; the arguments in merge units."""
     row, column = np.divmod(np.arange(rows * columns)[:, None], columns)
     inner_row, inner_column = np.divmod(np.arange(merge**2)[None], merge)
     positions = np.stack([row * merge + inner_row, column * merge + inner_column], axis=-1)
@@ -147,8 +147,8 @@ def lay_out_images(
       config: the vision tower's sizes.
 
     Returns:
-      The images one after the other (see `VisionInputs`; no batch axis), and per image int32[rows * columns]: the index of
-      each unit, in raster order, among all merged features.
+      The images one after the other (see `VisionInputs`; no batch axis), and per image int32[rows * columns]: the
+      index of each unit, in raster order, among all merged features.
 
     Raises:
       ValueError: an image whose patches do not fill its grid.
@@ -186,7 +186,7 @@ def _in_window_order(
 
 
 def mrope_positions(tokens: np.ndarray, grids: Sequence[Size], config: ModelConfig) -> np.ndarray:
-    """M-RoPE ids: text advances all three together, an image spans a (time, height, width) box and advances by its longer side.
+    """M-RoPE ids: text advances all three together; an image spans a box of them and advances by its longer side.
 
     Args:
       tokens: int[T], image tokens already repeated once per merged feature.

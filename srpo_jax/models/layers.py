@@ -1,10 +1,12 @@
 """The three building blocks that the decoder and the vision tower share.
 
-Every block computes in the dtype of its input and casts its parameters to it, so the same module runs in bfloat16, float32
-and float64. Norms accumulate in float32 or wider.
+Every block computes in the dtype of its input and casts its parameters to it, so the same module runs in bfloat16,
+float32 and float64. Norms accumulate in float32 or wider.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -64,3 +66,8 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     first, second = jnp.split(wide(x), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` modules as one, every parameter with a leading layer axis."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))

@@ -1,7 +1,8 @@
 """The vision tower of Qwen2.5-VL: patches in window order to features that stand in for token embeddings.
 
-Shapes: `B` rows of the batch, `N` patches of a row (padding included, a whole number of windows), `H` heads, `D` head size.
-Source: the Qwen2.5-VL report (2502.13923), section 2.1.1. The layout of the patches is that of `models.geometry`.
+Shapes: `B` rows of the batch, `N` patches of a row (padding included, a whole number of windows), `H` heads, `D` head
+size. Source: the Qwen2.5-VL report (arXiv 2502.13923), section 2.1.1. The layout of the patches is that of
+`models.geometry`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from srpo_jax.inputs import VisionInputs
 from srpo_jax.models.attention import attend
 from srpo_jax.models.config import VisionConfig
-from srpo_jax.models.inputs import VisionInputs
-from srpo_jax.models.layers import GatedMLP, Linear, RMSNorm, rotate, wide
+from srpo_jax.models.layers import GatedMLP, Linear, RMSNorm, rotate, stacked, wide
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -93,14 +94,14 @@ class VisionBlock(nnx.Module):
     """One pre-norm transformer layer."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
-        self.norm1 = RMSNorm(config.hidden_size, eps=NORM_EPS, rngs=rngs)
+        self.attention_norm = RMSNorm(config.hidden_size, eps=NORM_EPS, rngs=rngs)
         self.attention = VisionAttention(config, rngs)
-        self.norm2 = RMSNorm(config.hidden_size, eps=NORM_EPS, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, eps=NORM_EPS, rngs=rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: jax.Array, images: jax.Array, full: jax.Array | bool) -> jax.Array:
-        x = x + self.attention(self.norm1(x), angles, images, full)
-        return x + self.mlp(self.norm2(x))
+        x = x + self.attention(self.attention_norm(x), angles, images, full)
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class PatchMerger(nnx.Module):
@@ -124,30 +125,28 @@ class VisionTower(nnx.Module):
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs):
         self.patch_embed = Linear(config.patch_dim, config.hidden_size, bias=False, rngs=rngs)
-        self.blocks = _stacked(config, rngs)
+        self.blocks = stacked(lambda r: VisionBlock(config, r), config.depth, rngs)
         self.merger = PatchMerger(config, rngs)
         self.config = config
 
-    def __call__(self, inputs: VisionInputs, *, dtype: jnp.dtype | None = None, remat: bool = False) -> jax.Array:
+    def __call__(self, inputs: VisionInputs, *, remat: bool = False) -> jax.Array:
         """Features of the merge units.
 
         Args:
-          inputs: patches of each row, N a multiple of the patches in a window.
-          dtype: dtype to compute in; that of the patch embedding if None.
+          inputs: patches of each row, N a multiple of the patches in a window. Their dtype is computed in.
           remat: recompute each layer in the backward pass instead of keeping its activations.
 
         Returns:
-          float[B, N / merge**2, out_hidden], in window order like the patches. Padding units hold numbers without meaning.
+          float[B, N / merge**2, out_hidden], in window order like the patches. Features of padding are meaningless.
         """
-        return self.merger(self.encode(inputs, dtype=dtype, remat=remat))
+        return self.merger(self.encode(inputs, remat=remat))
 
-    def encode(self, inputs: VisionInputs, *, dtype: jnp.dtype | None = None, remat: bool = False) -> jax.Array:
+    def encode(self, inputs: VisionInputs, *, remat: bool = False) -> jax.Array:
         """float[B, N, hidden], the patches' states after the last layer. Arguments as in `__call__`."""
         size = inputs.patches.shape[1]
         if size % self.config.window_patches:
             raise ValueError(f"{size} patches are not a whole number of windows of {self.config.window_patches}")
-        dtype = self.patch_embed.kernel[...].dtype if dtype is None else dtype
-        x = self.patch_embed(jnp.asarray(inputs.patches, dtype))
+        x = self.patch_embed(jnp.asarray(inputs.patches))
         angles = rotary_angles(jnp.asarray(inputs.positions), self.config, wide(x).dtype)
         images = jnp.asarray(inputs.images)
         graphdef, layers = nnx.split(self.blocks)
@@ -163,17 +162,8 @@ class VisionTower(nnx.Module):
         return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (layers, jnp.asarray(kinds)))[0]
 
 
-def _stacked(config: VisionConfig, rngs: nnx.Rngs) -> VisionBlock:
-    @nnx.split_rngs(splits=config.depth)
-    @nnx.vmap
-    def create(rngs: nnx.Rngs) -> VisionBlock:
-        return VisionBlock(config, rngs)
-
-    return create(rngs)
-
-
 def rotary_angles(positions: jax.Array, config: VisionConfig, dtype: jnp.dtype) -> jax.Array:
-    """Angles of the 2-D rotary embedding: the first half of the frequencies turns with the row, the second with the column.
+    """Angles of the 2-D rotary embedding: half of the frequencies turn with the row, the others with the column.
 
     Args:
       positions: int32[B, N, 2].
