@@ -1,0 +1,167 @@
+"""Files that survive a kill at any moment: atomic JSON, and JSON lines that can be repaired and cut back."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes `value` as JSON so that a reader sees the old file or the whole new one, never a part.
+
+    Args:
+      path: the file; its folder must exist. One writer at a time.
+      value: anything JSON knows; NaN and infinities become null, because JSON has no name for them.
+
+    Raises:
+      TypeError: if `value` holds something JSON does not know.
+      OSError: if the disk is full or not writable; the old file is intact.
+    """
+    path = Path(path)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _explained(error, path) from error
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file that `JsonLines` wrote; a half-written last line is passed over.
+
+    Raises:
+      ValueError: if another line is not a JSON object, naming file and line.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            yield _parse_line(line, path, number)
+
+
+class JsonLines:
+    """Appends JSON objects to a file, one per line; each is whole or absent after a kill.
+
+    Opening the file removes a half-written last line. Use as a context manager, or call `close`.
+
+    Args:
+      path: the file, created if missing; its folder must exist. One writer at a time.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._truncate(_whole_lines_size(self._file))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Appends one record; it survives a kill of this process as soon as the call returns.
+
+        Raises:
+          TypeError: if the record holds something JSON does not know.
+          OSError: if the disk is full or not writable; the file then ends with the record before.
+        """
+        line = json.dumps(_finite(record), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        size = os.fstat(self._file).st_size
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):
+                written += os.write(self._file, line[written:])
+        except OSError as error:
+            self._truncate(size)
+            raise _explained(error, self.path) from error
+
+    def cut(self, keep: Callable[[dict[str, Any]], bool]) -> int:
+        """Removes the first record for which `keep` is false and everything after it.
+
+        Returns:
+          How many records stay.
+
+        Raises:
+          ValueError: if a line among those to keep is not a JSON object.
+        """
+        kept, size = 0, 0
+        with open(self.path, "rb") as file:
+            for line in file:
+                if not keep(_parse_line(line, self.path, kept + 1)):
+                    break
+                kept += 1
+                size += len(line)
+        self._truncate(size)
+        return kept
+
+    def close(self) -> None:
+        """Flushes to the disk and closes; further calls do nothing."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+
+    def _truncate(self, size: int) -> None:
+        os.ftruncate(self._file, size)
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _whole_lines_size(file: int) -> int:
+    """Bytes up to and including the last line end, found from the back: the file may be large."""
+    end = os.fstat(file).st_size
+    while end > 0:
+        start = max(0, end - (1 << 16))
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _parse_line(line: bytes, path: str | Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not valid JSON ({error}); restore the file or remove it") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}, line {number}: a JSON object is expected, not {type(record).__name__}")
+    return record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _explained(error: OSError, path: Path) -> OSError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        message = f"no room left to write; free disk space and run again ({error.strerror})"
+        return OSError(error.errno, message, str(path))
+    return error
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
