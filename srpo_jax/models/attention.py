@@ -16,10 +16,14 @@ packs branch a (prefix 2, tokens a1 a2) and branch b (prefix 4, token b1), the s
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 from srpo_jax.models.layers import wide
+
+KeyValues = tuple[jax.Array, jax.Array]
 
 
 def causal_mask(lengths: jax.Array, size: int) -> jax.Array:
@@ -77,13 +81,71 @@ def attend_comb(
     seen = jnp.arange(trunk_k.shape[1]) < limits[..., None]
     on_trunk = _masked(jnp.einsum("bnqkgd,btkd->bkgnqt", grouped, trunk_k), size, seen[:, None, None])
     on_own = _masked(jnp.einsum("bnqkgd,bnskd->bkgnqs", grouped, own_k), size, own_mask[:, None, None])
-    peak = jnp.maximum(on_trunk.max(-1, keepdims=True), on_own.max(-1, keepdims=True))
-    peak = jax.lax.stop_gradient(peak)
-    on_trunk, on_own = jnp.exp(on_trunk - peak), jnp.exp(on_own - peak)
-    total = on_trunk.sum(-1, keepdims=True) + on_own.sum(-1, keepdims=True)
-    out = jnp.einsum("bkgnqt,btkd->bnqkgd", (on_trunk / total).astype(trunk_v.dtype), trunk_v)
-    out += jnp.einsum("bkgnqs,bnskd->bnqkgd", (on_own / total).astype(own_v.dtype), own_v)
+    on_trunk, on_own = _joint_softmax(on_trunk, on_own)
+    out = jnp.einsum("bkgnqt,btkd->bnqkgd", on_trunk.astype(trunk_v.dtype), trunk_v)
+    out += jnp.einsum("bkgnqs,bnskd->bnqkgd", on_own.astype(own_v.dtype), own_v)
     return out.reshape(b, rows, queries, heads, size)
+
+
+class CombCache(NamedTuple):
+    """Keys and values while decoding over a comb, laid out so that every product of a step reads memory in order.
+
+    Attributes:
+      trunk_k: float[..., B, K, D, T], keys of the trunks, shared by a tree's branches and never copied.
+      trunk_v: float[..., B, K, T, D].
+      own_k: float[..., B, M, K, D, R], keys of each branch's own tokens.
+      own_v: float[..., B, M, K, R, D].
+    """
+
+    trunk_k: jax.Array
+    trunk_v: jax.Array
+    own_k: jax.Array
+    own_v: jax.Array
+
+    @staticmethod
+    def start(trunk_kv: KeyValues, branches: int, budget: int) -> CombCache:
+        """An empty cache for `branches` branches of at most `budget` tokens over prefilled trunks float[..., B, T, K, D]."""
+        k, v = trunk_kv
+        *lead, _, heads, size = k.shape
+        return CombCache(
+            trunk_k=jnp.moveaxis(k, -3, -1),
+            trunk_v=jnp.moveaxis(v, -3, -2),
+            own_k=jnp.zeros((*lead, branches, heads, size, budget), k.dtype),
+            own_v=jnp.zeros((*lead, branches, heads, budget, size), v.dtype),
+        )
+
+
+def attend_decode(q: jax.Array, cache: CombCache, limits: jax.Array, step: jax.Array) -> jax.Array:
+    """`attend_comb` for one new token of every branch, at position `step` of its own keys.
+
+    Args:
+      q: float[B, M, H, D].
+      cache: of one layer, the new token's key and value included.
+      limits: int32[B, M], trunk tokens that each branch sees.
+      step: int32 scalar.
+
+    Returns:
+      float[B, M, H, D].
+    """
+    b, m, heads, size = q.shape
+    grouped = q.reshape(b, m, cache.trunk_k.shape[1], -1, size)
+    on_trunk = jnp.einsum("bmkgd,bkdt->bkmgt", grouped, cache.trunk_k)
+    on_own = jnp.einsum("bmkgd,bmkds->bkmgs", grouped, cache.own_k)
+    seen = jnp.arange(on_trunk.shape[-1]) < limits[..., None]
+    on_trunk = _masked(on_trunk, size, seen[:, None, :, None])
+    on_own = _masked(on_own, size, jnp.arange(on_own.shape[-1]) <= step)
+    on_trunk, on_own = _joint_softmax(on_trunk, on_own)
+    out = jnp.einsum("bkmgt,bktd->bmkgd", on_trunk.astype(q.dtype), cache.trunk_v)
+    out += jnp.einsum("bkmgs,bmksd->bmkgd", on_own.astype(q.dtype), cache.own_v)
+    return out.reshape(b, m, heads, size)
+
+
+def _joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Softmax over the last axes of `a` and `b` together."""
+    peak = jax.lax.stop_gradient(jnp.maximum(a.max(-1, keepdims=True), b.max(-1, keepdims=True)))
+    a, b = jnp.exp(a - peak), jnp.exp(b - peak)
+    total = a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True)
+    return a / total, b / total
 
 
 def _masked(scores: jax.Array, head_size: int, mask: jax.Array) -> jax.Array:
