@@ -1,0 +1,146 @@
+"""A policy: a configuration, a module definition, parameters and the processor that feeds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from srpo_jax.inputs import Encoded, Inputs, batch_inputs
+from srpo_jax.models.config import ModelConfig
+from srpo_jax.models.hf import Params, load_params, read_config, save_params
+from srpo_jax.models.processor import Processor
+from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+
+SHORTEST_BUCKET = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Everything that is needed to run a model.
+
+    `graphdef` is static and hashable; `nnx.merge(graphdef, params)` gives the module, inside a compiled function.
+
+    Attributes:
+      config: sizes of the model.
+      graphdef: the module without its parameters.
+      params: nested dict of arrays, layers stacked on a leading axis.
+      processor: images and text to inputs, ids to text.
+    """
+
+    config: ModelConfig
+    graphdef: Any
+    params: Params = dataclasses.field(repr=False)
+    processor: Processor = dataclasses.field(repr=False)
+
+    def encode(self, examples: Iterable[Mapping[str, Any]]) -> Inputs:
+        """A batch of prompts, padded to sizes of the bucket ladder.
+
+        Args:
+          examples: mappings with `question` and either `image` (one), `images` (several) or neither.
+
+        Returns:
+          `Inputs`; batches whose longest prompts fall into the same bucket have the same shapes.
+
+        Raises:
+          ValueError: no examples, an unknown field, or a prompt that `Processor.encode` refuses; names the example.
+        """
+        encoded = [self._encode(number, example) for number, example in enumerate(examples)]
+        if not encoded:
+            raise ValueError("no examples to encode")
+        return pad_batch(encoded, self.config)
+
+    def _encode(self, number: int, example: Mapping[str, Any]) -> Encoded:
+        if unknown := example.keys() - {"question", "image", "images"}:
+            raise ValueError(
+                f"example {number}: unknown field(s) {sorted(unknown)}; it takes question, image or images"
+            )
+        if "question" not in example or ("image" in example and "images" in example):
+            raise ValueError(f"example {number}: give a question, and image or images but not both")
+        images = [example["image"]] if example.get("image") is not None else example.get("images") or []
+        try:
+            return self.processor.encode(images, example["question"])
+        except ValueError as error:
+            raise ValueError(f"example {number}: {error}") from error
+
+    def save(self, folder: str | Path, params: Params | None = None) -> None:
+        """Writes a folder in Hugging Face's format (see `hf.save_params`), `params` in place of its own if given."""
+        save_params(folder, self.config, self.params if params is None else params, self.processor)
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    max_image_tokens: int | None = None,
+) -> Policy:
+    """Reads a checkpoint folder of the Qwen2.5-VL family in Hugging Face's format.
+
+    Args:
+      path: the folder.
+      shardings: where each parameter goes (see `hf.load_params`).
+      dtype: dtype of the parameters; None keeps the file's.
+      min_pixels: see `Processor.load`.
+      max_pixels: see `Processor.load`.
+      max_image_tokens: see `Processor`.
+
+    Raises:
+      FileNotFoundError: a part of the checkpoint is missing.
+      ValueError: another architecture, or parts that do not fit together.
+    """
+    config = read_config(path)
+    processor = Processor.load(
+        path, config, min_pixels=min_pixels, max_pixels=max_pixels, max_image_tokens=max_image_tokens
+    )
+    return Policy(config, graph_definition(config), load_params(path, config, shardings, dtype), processor)
+
+
+def init_policy(config: ModelConfig, processor: Processor, seed: int) -> Policy:
+    """A policy with random parameters (float32), the same for the same seed."""
+    graphdef, state = nnx.split(Qwen2_5_VL(config, nnx.Rngs(seed)))
+    return Policy(config, graphdef, nnx.to_pure_dict(state), processor)
+
+
+@functools.cache
+def graph_definition(config: ModelConfig) -> Any:
+    """The module's graph definition, without allocating parameters."""
+    return nnx.split(nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0))))[0]
+
+
+def forward(policy: Policy, params: Params, inputs: Inputs) -> jax.Array:
+    """Logits of the next token. Pure: reads `params`, not those of the policy.
+
+    Returns:
+      float[B, T, V] in float32 or wider; rows beyond `inputs.lengths` are meaningless.
+    """
+    return _forward(policy.graphdef, params, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(graphdef: Any, params: Params, inputs: Inputs) -> jax.Array:
+    return nnx.merge(graphdef, params)(inputs)
+
+
+def bucket(size: int, unit: int = 1) -> int:
+    """The smallest size of the ladder 1, 2, 3, 4, 6, 8, 12, 16, 24, ... (times `unit`) that holds `size`."""
+    count = max(1, -(-size // unit))
+    power = 2 ** math.ceil(math.log2(count))
+    return unit * (power * 3 // 4 if power >= 4 and count <= power * 3 // 4 else power)
+
+
+def pad_batch(examples: Sequence[Encoded], config: ModelConfig) -> Inputs:
+    """`batch_inputs` with the longest sequence and the most patches rounded up to the bucket ladder."""
+    length = bucket(max(SHORTEST_BUCKET, *(len(e.tokens) for e in examples)))
+    patches = max((len(e.vision.patches) for e in examples if e.vision is not None), default=0)
+    inputs = batch_inputs(examples, length, bucket(patches, config.vision.window_patches) if patches else None)
+    return jax.tree.map(jnp.asarray, inputs)

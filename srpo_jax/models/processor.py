@@ -1,0 +1,262 @@
+"""Images and questions to model inputs, and token ids back to text.
+
+Text of users, of records and of the model is data, never markup: it is tokenised with special tokens switched off, so a
+question that spells `<|im_end|>` or `<|image_pad|>` becomes the ordinary characters. Only the chat template can place
+special tokens. For that the template is rendered around a mark in place of the question, and the pieces are tokenised
+apart. (A text-only question that starts with a line break is therefore tokenised apart from the template's own.)
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
+
+from srpo_jax.inputs import Encoded
+from srpo_jax.models import geometry
+from srpo_jax.models.config import ModelConfig
+
+_MARK = "\ue000the question\ue001"  # private-use characters, which no template holds
+THINK_TOKENS = ("<think>", "</think>")
+_TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")
+
+
+class Processor:
+    """The tokenizer, chat template and image settings of one checkpoint.
+
+    Attributes:
+      tokenizer: Hugging Face tokenizer with a chat template.
+      image_processor: normalisation and patch order; its `size` holds `min_pixels` and `max_pixels`.
+      config: the model that it feeds.
+      max_image_tokens: tokens that the images of one prompt may take together; the largest images shrink to fit.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        image_processor: Qwen2VLImageProcessorPil,
+        config: ModelConfig,
+        max_image_tokens: int | None = None,
+    ):
+        """Checks that the three parts belong together.
+
+        Raises:
+          ValueError: patch sizes or token ids that differ from `config`, no chat template, or one that does not place
+            images and the question.
+        """
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.config = config
+        self.max_image_tokens = max_image_tokens
+        # A fast tokenizer keeps the switch for special tokens as state. One tokenizer per setting makes calls from
+        # several threads safe.
+        self._literal = copy.deepcopy(tokenizer)
+        self._frames: dict[int, tuple[list[int], list[int]]] = {}
+        vision = config.vision
+        wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
+        given = (image_processor.patch_size, image_processor.temporal_patch_size, image_processor.merge_size)
+        if wanted != given:
+            raise ValueError(f"image processor has (patch, temporal, merge) sizes {given}, the model {wanted}")
+        if len(tokenizer) > config.text.vocab_size:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model only {config.text.vocab_size}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer names no eos_token; it must be the end of a turn")
+        visual = {
+            config.image_token_id,
+            config.video_token_id,
+            config.vision_start_token_id,
+            config.vision_end_token_id,
+        }
+        self._reserved = frozenset(tokenizer.all_special_ids) | visual
+        self._reserved -= set(tokenizer.convert_tokens_to_ids(list(THINK_TOKENS))) - {tokenizer.unk_token_id}
+        self._frame(1)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        config: ModelConfig,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_image_tokens: int | None = None,
+    ) -> Processor:
+        """Reads tokenizer, chat template and image settings from a folder in Hugging Face's format; never from the hub.
+
+        Args:
+          folder: the checkpoint.
+          config: the model's configuration.
+          min_pixels: replaces the checkpoint's smallest image area.
+          max_pixels: replaces the checkpoint's largest image area.
+          max_image_tokens: see the class.
+
+        Raises:
+          FileNotFoundError: no such folder.
+          ValueError: an unreadable part, or parts that do not fit `config`.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        bounds = {key: value for key, value in bounds.items() if value is not None}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **bounds)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder}: tokenizer or preprocessor_config.json cannot be read ({error})") from error
+        template = folder / "chat_template.json"  # where the released checkpoints keep the processor's template
+        if template.is_file():
+            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        return cls(tokenizer, images, config, max_image_tokens)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes what transformers reads: tokenizer files, `chat_template.jinja`, `preprocessor_config.json`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save_pretrained(folder)
+        self.image_processor.save_pretrained(folder)
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a turn."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token; that of the end of a turn where the tokenizer has none."""
+        return self.eos_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids the tokenizer knows; the model's logits may have more."""
+        return len(self.tokenizer)
+
+    @property
+    def min_pixels(self) -> int:
+        """Smallest area of an image after resizing."""
+        return self.image_processor.size["shortest_edge"]
+
+    @property
+    def max_pixels(self) -> int:
+        """Largest area of an image after resizing."""
+        return self.image_processor.size["longest_edge"]
+
+    def encode(self, images: Sequence[Image.Image], question: str) -> Encoded:
+        """The prompt of one turn in the chat template, up to and including the start of the reply.
+
+        Args:
+          images: any number of still images, which come before the question.
+          question: plain text.
+
+        Raises:
+          ValueError: an unreadable or empty image, a video, images beyond the token budget, or a prompt longer than the
+            model's context.
+        """
+        if not isinstance(question, str):
+            raise ValueError(f"the question must be text, got {type(question).__name__}")
+        stills = [_rgb(image, number) for number, image in enumerate(images, start=1)]
+        patches, grids = self._patches(stills)
+        before, after = self._frame(len(stills))
+        counts = iter(rows * columns for rows, columns in grids)
+        repeats = [next(counts) if token == self.config.image_token_id else 1 for token in before]
+        tokens = np.asarray([*np.repeat(before, repeats), *self.tokenize(question), *after], np.int32)
+        limit = self.config.text.max_position_embeddings
+        if len(tokens) > limit:
+            raise ValueError(
+                f"the prompt has {len(tokens)} tokens, the model's context {limit}; shorten the question or lower "
+                "max_image_tokens"
+            )
+        vision, slots = geometry.lay_out_images(patches, grids, self.config.vision) if stills else (None, [])
+        return Encoded(
+            tokens=tokens,
+            positions=geometry.mrope_positions(tokens, grids, self.config),
+            image_slots=geometry.image_slots(tokens, grids, slots, self.config),
+            vision=vision,
+        )
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of plain text: nothing is added, and spelled-out special tokens stay ordinary characters.
+
+        Raises:
+          ValueError: the tokenizer turns part of the text into a control token all the same.
+        """
+        ids = self._literal(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if forged := self._reserved.intersection(ids):
+            names = self.tokenizer.convert_ids_to_tokens(sorted(forged))
+            raise ValueError(f"the text contains the control token(s) {names}; remove them from the data")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of generated ids: control tokens of the chat are dropped, `<think>` and `</think>` are kept."""
+        kept = [int(i) for i in ids if int(i) not in self._reserved]
+        return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def _patches(self, images: Sequence[Image.Image]) -> tuple[list[np.ndarray], list[geometry.Size]]:
+        """Per image the patches and the grid in merge units."""
+        if not images:
+            return [], []
+        settings = self.image_processor
+        factor = settings.patch_size * settings.merge_size
+        sizes = geometry.fit_images(
+            [(image.height, image.width) for image in images],
+            factor,
+            self.min_pixels,
+            self.max_pixels,
+            self.max_image_tokens,
+        )
+        resized = [
+            image.resize((width, height), resample=settings.resample)
+            for image, (height, width) in zip(images, sizes, strict=True)
+        ]
+        grids = [(height // factor, width // factor) for height, width in sizes]
+        pixels = settings.preprocess(resized, do_resize=False, do_convert_rgb=False)["pixel_values"]
+        ends = np.cumsum([rows * columns * self.config.vision.merge_unit for rows, columns in grids])
+        return np.split(np.asarray(pixels, np.float32), ends[:-1]), grids
+
+    def _frame(self, images: int) -> tuple[list[int], list[int]]:
+        """Ids of the chat template before and after the question; one image token per image."""
+        if images not in self._frames:
+            content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": _MARK}]
+            messages = [{"role": "user", "content": content}]
+            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            parts = rendered.split(_MARK)
+            ids = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
+            if len(parts) != 2 or ids[0].count(self.config.image_token_id) != images:
+                raise ValueError(
+                    "the chat template must hold the question once and, before it, one image token "
+                    f"(id {self.config.image_token_id}) per image; it renders {rendered!r}"
+                )
+            self._frames[images] = ids[0], ids[1]
+        return self._frames[images]
+
+
+def _rgb(image: Image.Image, number: int) -> Image.Image:
+    """Decodes an image; transparency is laid over white, as the released processor does.
+
+    Raises:
+      ValueError: not an image, a video, empty, or unreadable.
+    """
+    if not isinstance(image, Image.Image):
+        hint = (
+            "; video input is not supported, pass still frames" if isinstance(image, (list, tuple, np.ndarray)) else ""
+        )
+        raise ValueError(f"image {number} is a {type(image).__name__}, not a PIL image{hint}")
+    if not image.width or not image.height:
+        raise ValueError(f"image {number} is empty ({image.width}x{image.height} pixels)")
+    try:
+        # An MPO file is a photograph with previews.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if frames > 1:
+            raise ValueError(f"image {number} has {frames} frames; video input is not supported, pass still frames")
+        if image.mode in _TRANSPARENT or "transparency" in image.info:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        return image.convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"image {number} cannot be decoded ({error}); replace the file") from error
