@@ -237,13 +237,14 @@ def image_spans(tokens: np.ndarray, grids: Sequence[Size], config: ModelConfig) 
     if np.any(tokens == config.video_token_id):
         raise ValueError("video input is not supported; pass still frames as images")
     where = np.flatnonzero(tokens == config.image_token_id)
-    ends = np.cumsum([rows * columns for rows, columns in grids], dtype=np.int64)
-    total = int(ends[-1]) if len(ends) else 0
-    if len(where) != total:
-        raise ValueError(f"the text has {len(where)} image tokens, but its {len(grids)} image(s) need {total}")
-    spans = []
-    for first, end in zip([0, *ends[:-1]], ends, strict=True):
-        if where[end - 1] - where[first] != end - 1 - first:
-            raise ValueError(f"the tokens of image {len(spans) + 1} are interrupted by text")
-        spans.append(int(where[first]))
+    counts = [rows * columns for rows, columns in grids]
+    if len(where) != sum(counts):
+        raise ValueError(f"the text has {len(where)} image tokens, but its {len(grids)} image(s) need {sum(counts)}")
+    spans, first = [], 0
+    for number, count in enumerate(counts, start=1):
+        start, end = int(where[first]), int(where[first + count - 1])
+        if end - start != count - 1:
+            raise ValueError(f"the tokens of image {number} are interrupted by text")
+        spans.append(start)
+        first += count
     return spans
