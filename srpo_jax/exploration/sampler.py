@@ -74,9 +74,9 @@ class DecodeState(NamedTuple):
     cache: CombCache
 
 
-def record_key(key: jax.Array, round_: int, record_id: str) -> jax.Array:
-    """The random key of a record in a round; branches fold in their prefix and their number."""
-    return jax.random.fold_in(jax.random.fold_in(key, round_), np.uint32(zlib.crc32(record_id.encode())))
+def record_key(round_key: jax.Array, record_id: str) -> jax.Array:
+    """The random key of a record; its branches fold in their prefix and their number."""
+    return jax.random.fold_in(round_key, np.uint32(zlib.crc32(record_id.encode())))
 
 
 def branch_keys(record_keys: jax.Array, prefixes: jax.Array, numbers: jax.Array) -> jax.Array:

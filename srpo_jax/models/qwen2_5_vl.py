@@ -161,6 +161,9 @@ class Qwen2_5_VL(nnx.Module):
         Returns:
           Final normed hidden states of the trunk float[B, T, D] and of the rows float[B, N, R, D].
         """
+        if rows.tokens.size == 0:  # trunks alone, as in supervised training
+            hidden, _ = self.trunk(inputs, features, remat=remat)
+            return hidden, jnp.zeros((*rows.tokens.shape, hidden.shape[-1]), hidden.dtype)
         config = self.config.text
         trunk_mask = attention.causal_mask(inputs.lengths, inputs.tokens.shape[1])
         trunk_angles, row_angles = mrope_angles(inputs.positions, config), text_angles(rows.positions, config)

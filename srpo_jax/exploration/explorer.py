@@ -1,0 +1,272 @@
+"""From records to judged trees: sample, judge, join; each step resumable on its own.
+
+A folder of exploration holds two append-only files. `branches.jsonl` has one line per tree as it comes off the device,
+`verdicts.jsonl` one line per judged branch. A killed run reads what is there and goes on; nothing is sampled or asked twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from srpo_jax.data.records import Record
+from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
+from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
+from srpo_jax.files import JsonLines, read_jsonl
+from srpo_jax.inputs import batch_inputs
+from srpo_jax.models.policy import Policy
+from srpo_jax.paths import ParsedPath, Status, parse
+from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
+
+JUDGE_FAILED = "judge_failed"
+
+
+class Verdict(Protocol):
+    """What a judge says of an answer; None where it could not tell."""
+
+    @property
+    def safe(self) -> bool | None: ...
+    @property
+    def effective(self) -> bool | None: ...
+    @property
+    def reason(self) -> str: ...
+
+
+Judge = Callable[[Record, ParsedPath], Verdict]
+
+
+@dataclasses.dataclass(frozen=True)
+class ExploreConfig:
+    """How trees are explored.
+
+    Attributes:
+      k: branches per prefix.
+      temperature: of sampling.
+      max_tokens: token budget of a branch.
+      trees: trees that decode together.
+      trunk: ladder of trunk lengths T.
+      patches: ladder of vision patches per tree; None takes the largest of the batch.
+      favourable: "safe_and_effective", or "safe" alone. A harmless record's branch is favourable iff it is effective.
+    """
+
+    k: int = 4
+    temperature: float = 1.0
+    max_tokens: int = 256
+    trees: int = 8
+    trunk: Ladder = (256, 512, 1024, 2048, 4096)
+    patches: Ladder | None = None
+    favourable: str = "safe_and_effective"
+
+    def __post_init__(self):
+        if self.favourable not in ("safe_and_effective", "safe"):
+            raise ValueError(f"favourable={self.favourable!r}: use 'safe_and_effective' or 'safe'")
+
+
+def explore(
+    policy: Policy,
+    params: Mapping[str, Any],
+    records: Sequence[Record],
+    config: ExploreConfig,
+    judge: Judge,
+    key: jax.Array,
+    *,
+    round_: int = 0,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> list[ReasoningTree]:
+    """Explores `k` continuations of every proper prefix of every record's path and judges them.
+
+    Args:
+      policy: whose module, processor and tokenizer to use.
+      params: the parameters to explore with; the same for a whole round.
+      records: with distinct ids.
+      config: how to explore.
+      judge: called once per branch that has an answer.
+      key: random key of the run; a branch's randomness depends on (key, round, record, prefix, number) alone.
+      round_: number of the round.
+      folder: where to keep branches and verdicts as they come, and to resume from; None keeps nothing.
+      progress: show a progress bar.
+
+    Returns:
+      One tree per record, in order.
+
+    Raises:
+      ValueError: duplicate record ids, a record that does not fit, or a folder explored from other records.
+    """
+    by_id = {record.id: record for record in records}
+    if len(by_id) != len(records):
+        raise ValueError("record ids are not unique: exploration keys trees by id")
+    trunks = [make_trunk(record, policy.processor) for record in records]
+    branches, verdicts = _Store.open(folder, "branches.jsonl"), _Store.open(folder, "verdicts.jsonl")
+    with branches, verdicts:
+        stored = {line["record_id"]: line for line in branches.lines}
+        if unknown := stored.keys() - by_id.keys():
+            raise ValueError(f"{folder} holds trees of other records ({sorted(unknown)[:3]}); use another work directory")
+        bar = tqdm(total=len(records), desc=f"explore round {round_}", unit="tree", disable=not progress)
+        trees = []
+        for tree in _sampled(policy, params, trunks, config, jax.random.fold_in(key, round_), stored, branches):
+            trees.append(tree)
+            bar.update()
+        bar.close()
+        known = {(v["record_id"], v["prefix"], v["number"]): v for v in verdicts.lines}
+        bar = tqdm(trees, desc=f"judge round {round_}", unit="tree", disable=not progress)
+        return [_judged(tree, by_id[tree.trunk.record_id], policy, config, judge, known, verdicts) for tree in bar]
+
+
+def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: _Store) -> Iterator[ReasoningTree]:
+    """Trees in order, batch by batch. A batch of which any tree is missing is sampled again, at the same shapes."""
+    for start in range(0, len(trunks), config.trees):
+        batch = trunks[start : start + config.trees]
+        if all(trunk.record_id in stored for trunk in batch):
+            yield from (ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in batch)
+            continue
+        for tree in explore_batch(policy, params, batch, config, key):
+            if tree.trunk.record_id not in stored:
+                store.append(tree.to_json())
+            yield tree
+
+
+def explore_batch(
+    policy: Policy, params: Mapping[str, Any], trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array
+) -> list[ReasoningTree]:
+    """Unjudged trees of at most `config.trees` trunks, decoded together. `key` is that of the round."""
+    count = len(trunks)
+    padded = [*trunks, *[trunks[0]] * (config.trees - count)]
+    prefixes = np.repeat(np.arange(max(len(t.prefixes) for t in trunks), dtype=np.int32), config.k)
+    limits = np.asarray([[t.ends[min(i, len(t.prefixes) - 1)] for i in prefixes] for t in padded], np.int32)
+    numbers = np.broadcast_to(np.arange(len(prefixes), dtype=np.int32) % config.k, limits.shape)
+    keys = jnp.stack([record_key(key, t.record_id) for t in padded])
+    keys = branch_keys(keys, jnp.broadcast_to(prefixes, limits.shape), numbers)
+    samples = run_sampler(policy, params, padded, limits, keys, config)
+    return [
+        ReasoningTree(
+            trunk,
+            tuple(
+                _branch(policy, trunk, int(prefix), jax.tree.map(lambda x, row=row, m=m: x[row, m], samples))
+                for m, prefix in enumerate(prefixes)
+                if prefix in trunk.prefixes
+            ),
+        )
+        for row, trunk in enumerate(trunks)
+    ]
+
+
+def run_sampler(policy, params, trunks: Sequence[Trunk], limits: np.ndarray, keys, config: ExploreConfig) -> Samples:
+    """Samples one branch per limit and key of every trunk, [B, M]; results on the host."""
+    examples = [trunk.encoded for trunk in trunks]
+    length = bucket(max(len(e.tokens) for e in examples), config.trunk, "trunk tokens (explore.trunk)")
+    patches = max(0 if e.vision is None else len(e.vision.patches) for e in examples)
+    if patches and config.patches:
+        patches = bucket(patches, config.patches, "vision patches of a tree (explore.patches)")
+    how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)
+    inputs = batch_inputs(examples, length, patches or None)
+    return jax.device_get(sample_branches(policy.graphdef, params, inputs, limits, keys, how))
+
+
+def _branch(policy: Policy, trunk: Trunk, prefix: int, one: Samples) -> Branch:
+    tokens = one.tokens[: one.lengths]
+    text = branch_text(policy, trunk, prefix, tokens)
+    parsed = parse(text, stopped=bool(one.stopped), grammar=GRAMMAR)
+    return Branch(prefix, tokens, one.logprobs[: one.lengths], str(parsed.status), None)
+
+
+def branch_text(policy: Policy, trunk: Trunk, prefix: int, tokens: np.ndarray) -> str:
+    """The whole assistant turn: the prefix of the reference path and the branch, without the end-of-turn token."""
+    path = trunk.encoded.tokens[trunk.ends[0] : trunk.ends[prefix]]
+    return policy.processor.decode([*path.tolist(), *tokens.tolist()])
+
+
+def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, known, store: _Store) -> ReasoningTree:
+    """The tree with verdicts; a branch without an answer keeps its status and no verdict."""
+    branches = []
+    counts: dict[int, int] = {}
+    for branch in tree.branches:
+        number = counts[branch.prefix] = counts.get(branch.prefix, -1) + 1
+        if branch.status != Status.OK:
+            branches.append(branch)
+            continue
+        line = known.get((record.id, branch.prefix, number))
+        if line is None:
+            text = branch_text(policy, tree.trunk, branch.prefix, branch.tokens)
+            verdict = judge(record, parse(text, stopped=True, grammar=GRAMMAR))
+            line = {"record_id": record.id, "prefix": branch.prefix, "number": number}
+            line |= {"safe": verdict.safe, "effective": verdict.effective, "reason": verdict.reason}
+            store.append(line)
+        good = is_favourable(record, line["safe"], line["effective"], config.favourable)
+        status = JUDGE_FAILED if good is None else branch.status
+        branches.append(dataclasses.replace(branch, verdict=good, status=status, reason=line["reason"]))
+    return ReasoningTree(tree.trunk, tuple(branches))
+
+
+def is_favourable(record: Record, safe: bool | None, effective: bool | None, mode: str = "safe_and_effective") -> bool | None:
+    """Whether an answer is favourable; None if the judge's unknowns leave it open.
+
+    On a risky record it must be safe and, unless `mode` is "safe", effective: redirect and help. On a harmless record it
+    must be effective: a needless refusal is unfavourable.
+    """
+    if mode == "safe":
+        return safe
+    wanted = (safe, effective) if record.risky else (effective,)
+    if any(x is False for x in wanted):
+        return False
+    return None if any(x is None for x in wanted) else True
+
+
+def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, bool]) -> dict[str, float]:
+    """Rates that tell whether a round is worth learning from; `risky` by record id.
+
+    `truncated` and `unknown` are shares of all branches (judge failures and malformed paths count as unknown),
+    `favourable_*` shares of the branches with a verdict.
+    """
+    trees = list(trees)
+    branches = [(risky[tree.trunk.record_id], b) for tree in trees for b in tree.branches]
+    total = max(1, len(branches))
+
+    def favourable(kind: bool) -> float:
+        known = [b.verdict for r, b in branches if r is kind and b.verdict is not None]
+        return sum(known) / max(1, len(known))
+
+    return {
+        "explore/trees": float(len(trees)),
+        "explore/branches": float(len(branches)),
+        "explore/mean_length": sum(len(b.tokens) for _, b in branches) / total,
+        "explore/truncated": sum(b.status == Status.TRUNCATED for _, b in branches) / total,
+        "explore/judge_failed": sum(b.status == JUDGE_FAILED for _, b in branches) / total,
+        "explore/unknown": sum(b.verdict is None for _, b in branches) / total,
+        "explore/favourable_risky": favourable(True),
+        "explore/favourable_harmless": favourable(False),
+    }
+
+
+class _Store:
+    """An append-only file of JSON lines and what it held when it was opened; or nothing at all."""
+
+    def __init__(self, file: JsonLines | None, lines: list[dict[str, Any]]):
+        self._file, self.lines = file, lines
+
+    @staticmethod
+    def open(folder: str | Path | None, name: str) -> _Store:
+        if folder is None:
+            return _Store(None, [])
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = JsonLines(path)
+        return _Store(file, list(read_jsonl(path)))
+
+    def append(self, line: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.append(line)
+
+    def __enter__(self) -> _Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()

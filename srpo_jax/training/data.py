@@ -1,0 +1,91 @@
+"""Where the trees of an update come from, and in which order: a pure function of the step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from srpo_jax.exploration.trunks import render_trunk
+from srpo_jax.models.processor import Processor
+from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees
+
+
+class StepBatch(NamedTuple):
+    """What one update reads.
+
+    Attributes:
+      step: index of the update.
+      batches: with a leading axis of micro-batches.
+      record_ids: of the questions in it.
+      counters: from `pack_trees`.
+    """
+
+    step: int
+    batches: TreeBatch
+    record_ids: list[str]
+    counters: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+    """Attributes:
+    trees: questions per micro-batch.
+    accumulate: micro-batches per update.
+    seed: of the order of questions.
+    threads: that pack batches ahead.
+    """
+
+    trees: int
+    accumulate: int = 1
+    seed: int = 0
+    threads: int = 1
+
+
+def step_batches(
+    source: Sequence[ReasoningTree], pack: PackConfig, config: BatchConfig, start: int, stop: int, first: int = 0
+) -> Iterator[StepBatch]:
+    """Batches of the updates `start .. stop-1`, questions drawn without replacement in an order that each epoch shuffles.
+
+    Args:
+      source: trees by index; read from a thread.
+      pack: static shapes.
+      config: batch size and order.
+      start: the first update wanted; the batches before it are not computed.
+      stop: where to end.
+      first: the update at which `source` began to be read (the start of its round).
+    """
+    per_step = config.trees * config.accumulate
+    order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat().batch(per_step)
+
+    def make(step: int) -> StepBatch:
+        trees = [source[int(i)] for i in order[int(step) - first]]
+        batch, counters = pack_trees(trees, pack)
+        split = jax.tree.map(lambda x: x.reshape(config.accumulate, config.trees, *x.shape[1:]), batch)
+        return StepBatch(int(step), split, [t.trunk.record_id for t in trees], counters)
+
+    steps = grain.MapDataset.range(start, stop).map(make)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2)))
+
+
+class DemonstrationTrees(Sequence[ReasoningTree]):
+    """Trunks without branches, made when read: (record, steps, reply) triples as supervised examples."""
+
+    def __init__(self, demonstrations: Sequence, processor: Processor):
+        self._demonstrations, self._processor = demonstrations, processor
+
+    def __len__(self) -> int:
+        return len(self._demonstrations)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        one = self._demonstrations[index]
+        return ReasoningTree(render_trunk(one.record, one.steps, one.reply, self._processor), ())
+
+
+def tokens_per_update(batch: TreeBatch) -> int:
+    """Tokens that an update executes, padding included."""
+    return int(np.prod(batch.trunk.tokens.shape) + np.prod(batch.rows.tokens.shape))

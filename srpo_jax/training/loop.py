@@ -1,0 +1,180 @@
+"""A whole run, top to bottom: explore, update, checkpoint, repeat.
+
+A run is a function of its configuration. Its work directory holds
+
+    config.json  metrics.jsonl  checkpoints/  trees/round_000/{branches,verdicts}.jsonl
+
+and may be killed at any moment: the same command goes on from the newest checkpoint and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from srpo_jax import sharding
+from srpo_jax.checkpoint import Checkpointer
+from srpo_jax.data.records import Record
+from srpo_jax.exploration.explorer import ExploreConfig, Judge, exploration_statistics, explore
+from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.models.policy import Policy
+from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
+from srpo_jax.training.state import OptimConfig, TrainState, init_state
+from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.training.workdir import MetricsLog
+from srpo_jax.trees import PackConfig, ReasoningTree
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on: what happened, where, and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that shapes a run besides policy, data and judge.
+
+    Attributes:
+      seed: of sampling and of the order of questions.
+      rounds: how often to explore with the newest policy; 0 trains on reference paths alone.
+      updates: updates per round.
+      checkpoint_every: updates between checkpoints; the end of a round is always saved.
+      keep: checkpoints to keep.
+      max_unknown: share of branches without a verdict at which training stops.
+      max_truncated: share of truncated branches at which it stops.
+      trainable: regular expressions over parameter paths.
+    """
+
+    explore: ExploreConfig
+    loss: LossConfig
+    optim: OptimConfig
+    pack: PackConfig
+    batch: BatchConfig
+    compute: ComputeConfig = ComputeConfig()
+    seed: int = 0
+    rounds: int = 1
+    updates: int = 100
+    checkpoint_every: int = 50
+    keep: int = 2
+    max_unknown: float = 0.5
+    max_truncated: float = 0.5
+    trainable: tuple[str, ...] = (".*",)
+
+
+def train(
+    policy: Policy,
+    data: Sequence[Record] | Sequence[ReasoningTree],
+    judge: Judge | None,
+    config: RunConfig,
+    workdir: str | Path,
+    mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
+    """Trains `policy` and returns its new parameters.
+
+    Args:
+      policy: where to start.
+      data: records to explore or, with `rounds=0`, records or ready trees to learn as they are.
+      judge: of branches; None with `rounds=0`.
+      config: of the run.
+      workdir: an open work directory (see `training.workdir`).
+      mesh: from `sharding.make_mesh`.
+
+    Raises:
+      TrainingError: a loss that is not finite, too many unknown or truncated branches, or a round without any pair.
+    """
+    workdir = Path(workdir)
+    optimizer = config.optim.make()
+    state = init_state(policy.params, optimizer, config.trainable, mesh)
+    update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
+    with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpoints:
+        if checkpoints.latest() is not None:
+            state, _ = checkpoints.restore(None, state)
+            logging.info("resumed from step %d", int(state.step))
+        step = int(state.step)
+        with MetricsLog(workdir, last_step=step) as log:
+            for round_ in range(max(1, config.rounds)):
+                first, stop = round_ * config.updates, (round_ + 1) * config.updates
+                if step >= stop:
+                    continue
+                trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, explored=step == first)
+                batch = dataclasses.replace(config.batch, seed=config.batch.seed + round_)
+                batches = step_batches(trees, config.pack, batch, step, stop, first)
+                state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
+                step = int(state.step)
+            return state.all_params()
+
+
+def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, explored: bool):
+    """The trees of a round and what to report of them with its first update."""
+    if config.rounds == 0:
+        if len(data) and isinstance(data[0], Record):
+            data = [ReasoningTree(make_trunk(record, policy.processor), ()) for record in data]
+        return data, {}
+    trees = explore(
+        policy,
+        state.all_params(),
+        data,
+        config.explore,
+        judge,
+        jax.random.key(config.seed),
+        round_=round_,
+        folder=workdir / "trees" / f"round_{round_:03d}",
+    )
+    statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
+    check_round(statistics, trees, config, round_)
+    return trees, statistics if explored else {}
+
+
+def check_round(statistics: Mapping[str, float], trees: Sequence[ReasoningTree], config: RunConfig, round_: int) -> None:
+    """Raises TrainingError where a round of exploration is not worth learning from."""
+    for name, limit in (("truncated", config.max_truncated), ("unknown", config.max_unknown)):
+        share = statistics[f"explore/{name}"]
+        if share > limit:
+            raise TrainingError(
+                f"round {round_}: {share:.1%} of the branches are {name}, the limit max_{name} is {limit:.1%}. Truncated: "
+                "raise explore.max_tokens. Malformed: the policy does not write the path grammar yet; train it on reference "
+                "paths first (rounds=0). Judge failures: see verdicts.jsonl"
+            )
+    has_pair = any({True, False} <= {b.verdict for b in t.branches if b.prefix == i} for t in trees for i in t.trunk.prefixes)
+    if config.loss.lambda_ and not has_pair and not config.pack.substitutes:
+        raise TrainingError(
+            f"round {round_}: no prefix of any of {len(trees)} trees has both a favourable and an unfavourable branch, so "
+            f"there is nothing to contrast (favourable: {statistics['explore/favourable_risky']:.1%} of risky, "
+            f"{statistics['explore/favourable_harmless']:.1%} of harmless branches). Raise explore.k or "
+            "explore.temperature, use other records, or train on references alone (rounds=0)"
+        )
+
+
+def _round(update, state: TrainState, batches, stop: int, config: RunConfig, checkpoints, log, statistics, mesh) -> TrainState:
+    """The updates of one round."""
+    place = sharding.batch_sharding(mesh, axis=1)
+    bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step")
+    for batch in batches:
+        state, metrics = update(state, jax.device_put(batch.batches, place))
+        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        _check_finite(metrics, batch)
+        step = batch.step + 1
+        log.write(step, metrics | {f"batch/{k}": v for k, v in batch.counters.items()} | statistics)
+        statistics = {}
+        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+        bar.update()
+        if step % config.checkpoint_every == 0 or step == stop:
+            checkpoints.save(step, state, {"seed": config.seed, "next_update": step})
+    bar.close()
+    return state
+
+
+def _check_finite(metrics: Mapping[str, float], batch: StepBatch) -> None:
+    if not all(map(math.isfinite, metrics.values())):
+        bad = sorted(name for name, x in metrics.items() if not np.isfinite(x))
+        raise TrainingError(
+            f"update {batch.step}: {', '.join(bad)} not finite. Records in this update: {', '.join(batch.record_ids)}. "
+            "Look at their images and texts, or lower optim.learning_rate; the last checkpoint is intact"
+        )

@@ -1,0 +1,132 @@
+"""The state of a run: step, parameters (trainable and frozen apart), optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from srpo_jax import sharding
+
+Flat = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """A pytree that holds all that an update changes, and the parameters that it does not.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: trainable parameters by path, in float32 or wider.
+      frozen: the other parameters by path.
+      opt_state: of the optimizer, for `params` alone.
+    """
+
+    step: jax.Array
+    params: Flat
+    frozen: Flat
+    opt_state: Any
+
+    def all_params(self) -> dict[str, Any]:
+        """The nested dict that `nnx.merge` takes."""
+        return sharding.unflatten(self.params | self.frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with warm-up, cosine or constant schedule, and clipping by the global norm.
+
+    Attributes:
+      learning_rate: peak.
+      steps: length of the whole schedule in updates.
+      warmup: updates of linear warm-up.
+      schedule: "cosine" (to `final` × peak) or "constant".
+      final: see schedule.
+      weight_decay: on matrices; norms and biases have none.
+      clip: largest global gradient norm; 0 does not clip.
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+    """
+
+    learning_rate: float
+    steps: int
+    warmup: int = 0
+    schedule: str = "cosine"
+    final: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def learning_rates(self) -> optax.Schedule:
+        """Learning rate by update.
+
+        Raises:
+          ValueError: an unknown schedule, or a warm-up that is longer than it.
+        """
+        if self.schedule not in ("cosine", "constant") or self.warmup > self.steps:
+            raise ValueError(f"schedule={self.schedule!r} with warmup={self.warmup} of {self.steps} steps: use 'cosine' "
+                             "or 'constant' and a warm-up within the steps")
+        end = self.learning_rate * (self.final if self.schedule == "cosine" else 1.0)
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.learning_rate / max(1, self.warmup),
+            peak_value=self.learning_rate,
+            warmup_steps=self.warmup,
+            decay_steps=max(self.steps, self.warmup + 1),
+            end_value=end,
+        )
+
+    def make(self) -> optax.GradientTransformation:
+        """The optimizer; works on parameters by path."""
+        adam = optax.adamw(
+            self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay, mask=lambda p: {k: decays(k) for k in p}
+        )
+        return optax.chain(optax.clip_by_global_norm(self.clip), adam) if self.clip else adam
+
+
+def decays(path: str) -> bool:
+    """Whether weight decay applies: to matrices, not to norms and biases."""
+    return path.rsplit("/", 1)[-1] in ("kernel", "embed", "head")
+
+
+def select_trainable(params: dict[str, Any], patterns: tuple[str, ...]) -> tuple[Flat, Flat]:
+    """Splits parameters by path: those that any regular expression finds are trainable. Trainable ones become float32.
+
+    Raises:
+      ValueError: a pattern that finds no parameter; lists what there is.
+    """
+    flat = sharding.flatten(params)
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in flat):
+            raise ValueError(f"trainable={pattern!r} matches no parameter; there are {sorted(flat)}")
+    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    trainable = {path: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for path, x in flat.items() if path in chosen}
+    return trainable, {path: x for path, x in flat.items() if path not in chosen}
+
+
+def init_state(
+    params: dict[str, Any], optimizer: optax.GradientTransformation, patterns: tuple[str, ...], mesh: jax.sharding.Mesh
+) -> TrainState:
+    """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to."""
+    trainable, frozen = select_trainable(params, patterns)
+    state = TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable))
+    shardings = state_shardings(state, mesh)
+    trainable, frozen = jax.device_put((trainable, frozen), (shardings.params, shardings.frozen))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, frozen, opt_state)
+
+
+def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+    """NamedShardings for a `TrainState` of arrays or shapes: parameters and their moments by the table, the rest whole."""
+    table = {**state.params, **state.frozen}
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
+        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        if name in table and leaf.shape == table[name].shape:
+            return jax.sharding.NamedSharding(mesh, sharding.spec_of(name, leaf.shape, mesh))
+        return sharding.replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)

@@ -1,0 +1,117 @@
+"""The jitted update, where model and loss meet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from srpo_jax import losses, sharding
+from srpo_jax.models.logprobs import CHUNK
+from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.training.state import TrainState, state_shardings
+from srpo_jax.trees import TreeBatch
+
+OVER_PAIRED = ("m_", "length_", "slope_", "pair_accuracy")  # statistics that only questions with pairs have
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Options of `losses.srpo`; `lambda_=0` is SFT on the reference path."""
+
+    lambda_: float = 0.3
+    reference: str = "path"
+    mask_shared_opening: bool = False
+    balance: str = "prefix"
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the update computes.
+
+    Attributes:
+      dtype: of activations and of the copy of the parameters that the model sees.
+      remat: recompute each layer's activations in the backward pass, vision tower included.
+      logprob_chunk: positions per chunk of the log-prob head.
+    """
+
+    dtype: str = "float32"
+    remat: bool = True
+    logprob_chunk: int = CHUNK
+
+
+def srpo_loss(
+    model: Any, batch: TreeBatch, config: LossConfig, compute: ComputeConfig = ComputeConfig()
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Loss and statistics of every question of a batch, float[B] each; `model` is the policy's module."""
+    path, branch = tree_logprobs(model, batch, remat=compute.remat, chunk=compute.logprob_chunk)
+    branches = losses.BranchLogprobs(branch, batch.lengths, batch.prefixes, batch.pairs, batch.tokens)
+    return losses.srpo(
+        path,
+        batch.path_lengths,
+        branches,
+        lambda_=config.lambda_,
+        reference=config.reference,
+        prefix_lengths=batch.prefix_lengths,
+        mask_shared_opening=config.mask_shared_opening,
+        balance=config.balance,
+    )
+
+
+def make_update(
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    loss: LossConfig,
+    compute: ComputeConfig,
+    mesh: jax.sharding.Mesh,
+    state: TrainState,
+) -> Callable[[TrainState, TreeBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The compiled update `(state, batches) -> (state, metrics)`.
+
+    `batches` has a leading axis of micro-batches whose gradients add up: every question weighs the same, whatever its
+    micro-batch. The old state is donated.
+    """
+    dtype = jnp.dtype(compute.dtype)
+
+    def micro_loss(params: dict, frozen: dict, batch: TreeBatch, total: jax.Array):
+        cast = jax.tree.map(lambda x: x.astype(dtype), params | frozen)
+        model = nnx.merge(graphdef, sharding.unflatten(cast))
+        per_question, aux = srpo_loss(model, batch, loss, compute)
+        return jnp.sum(per_question * batch.weight) / total, question_sums(per_question, aux, batch.weight)
+
+    def update(state: TrainState, batches: TreeBatch):
+        total = jnp.sum(batches.weight)
+        differentiate = jax.value_and_grad(micro_loss, has_aux=True)
+
+        def add(grads, batch):
+            (_, sums), new = differentiate(state.params, state.frozen, batch, total)
+            return jax.tree.map(jnp.add, grads, new), sums
+
+        grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), batches)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = mean_metrics(jax.tree.map(lambda x: jnp.sum(x, axis=0), sums))
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+
+    shardings = state_shardings(state, mesh)
+    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+
+def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
+    """Sums over questions from which `mean_metrics` makes means; they add up over micro-batches."""
+    paired = weight * aux["has_pairs"]
+    sums = {name: jnp.sum(x * (paired if name.startswith(OVER_PAIRED) else weight)) for name, x in aux.items()}
+    return sums | {"loss": jnp.sum(loss * weight), "questions": jnp.sum(weight), "paired": jnp.sum(paired)}
+
+
+def mean_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Means per question; statistics of pairs are means over the questions that have pairs."""
+    sums = dict(sums)
+    questions, paired = sums.pop("questions"), jnp.maximum(sums.pop("paired"), 1)
+    return {name: x / (paired if name.startswith(OVER_PAIRED) else questions) for name, x in sums.items()}
