@@ -91,8 +91,8 @@ class ParsedPath:
             if index >= len(titles):
                 found.append(f"a path has {len(titles)} steps; found one more, step {step.number} {step.title!r}")
             elif step.number == 0:
-                found.append("text stands before the first step heading")
-                break  # Everything after it is shifted by one: further lines would only repeat this one.
+                # Everything after it is shifted by one: further lines would only repeat this one.
+                return ("text stands before the first step heading",)
             elif step.number != index + 1:
                 found.append(f"step {index + 1} is numbered {step.number}")
             elif step.title != titles[index]:

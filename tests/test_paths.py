@@ -32,8 +32,11 @@ pieces = st.sampled_from(
         " ",
         "Step 1: Analyze Visual Context\n",
         "words",
+        "\nStep 7: More\n",
+        "Step 99999999: x\n",
+        "</THINK>",
+        "\u2028",
     ]
-    + ["\nStep 7: More\n", "Step 99999999: x\n", "</THINK>", "\u2028"]
 )
 hostile = st.lists(pieces | texts, max_size=12).map("".join)
 
