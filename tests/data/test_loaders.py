@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -272,3 +273,15 @@ def test_faults_in_data_sets_name_the_row(tmp_path):
         load_hf(dataset, image_folder=tmp_path)
     with pytest.raises(LoadError, match=r"row 0, record 'r1', field 'images': .*not a picture"):
         load_hf(datasets.Dataset.from_list([raw(images=[b"text"])]), image_folder=tmp_path, check_images=True)
+
+
+def test_the_documented_example_loads(folder):
+    documentation = Path(__file__).resolve().parents[2] / "docs" / "data.md"
+    example = json.loads(documentation.read_text(encoding="utf-8").split("```json")[1].split("```")[0])
+    picture(5).save(folder / "pictures" / "rails.png")
+    twin = {**example, "id": example["twin"], "risky": False, "category": None, "twin": example["id"]}
+    first, _ = load_jsonl(write(folder, example, twin))
+    assert {
+        field: getattr(first, field) for field in ("id", "question", "category", "safe_reply", "unsafe_reply", "meta")
+    } == {field: example[field] for field in ("id", "question", "category", "safe_reply", "unsafe_reply", "meta")}
+    assert list(first.steps) == example["steps"]
