@@ -112,11 +112,24 @@ def init_state(
 ) -> TrainState:
     """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to."""
     trainable, frozen = select_trainable(params, patterns)
-    state = TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable))
-    shardings = state_shardings(state, mesh)
+    shardings = state_shardings(TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh)
     trainable, frozen = jax.device_put((trainable, frozen), (shardings.params, shardings.frozen))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, frozen, opt_state)
+
+
+def abstract_state(
+    shapes: dict[str, Any], optimizer: optax.GradientTransformation, patterns: tuple[str, ...], mesh: jax.sharding.Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of `init_state`, from shapes of parameters and without allocating any."""
+
+    def make(params: dict[str, Any]) -> TrainState:
+        trainable, frozen = select_trainable(params, patterns)
+        return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable))
+
+    state = jax.eval_shape(make, shapes)
+    placed = state_shardings(state, mesh)
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, placed)
 
 
 def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -1,0 +1,48 @@
+"""The recipe of the embedded base policy; see scripts/make_base_policy.py, which runs it."""
+
+from srpo_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.model = {
+        "text": {
+            "vocab_size": 512,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_layers": 4,
+            "num_heads": 4,
+            "num_kv_heads": 2,
+            "head_dim": 32,
+            "rope_theta": 10_000.0,
+            "mrope_section": (4, 6, 6),
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 512,
+        },
+        "vision": {
+            "depth": 3,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_heads": 4,
+            "in_channels": 3,
+            "patch_size": 14,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "window_size": 56,
+            "fullatt_block_indexes": (2,),
+            "out_hidden_size": 128,
+        },
+        "min_pixels": 28 * 28,
+        "max_pixels": 112 * 112,
+    }
+    config.data.n = 38_400
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(0,), branches=(0,), branch=(1,))
+    config.batch.update(trees=32)
+    config.compute.remat = False
+    config.loss.lambda_ = 0.0
+    config.optim.update(learning_rate=2e-3, warmup=60, weight_decay=0.01)
+    config.rounds = 0
+    config.updates = 1200
+    config.checkpoint_every = 100
+    return config

@@ -1,0 +1,23 @@
+"""Aligns the embedded 1.8 M-parameter policy in the embedded world; everything fits a laptop's CPU.
+
+    python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo
+
+`make quickstart` runs it beside SFT on the same trunks (`--config.loss.lambda_=0 --config.rounds=0`) and prints the table.
+"""
+
+from srpo_jax.training.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.data.n = 512  # 256 risky records and their harmless twins
+    config.explore.update(k=4, temperature=1.0, max_tokens=100, trees=16, trunk=(144,), patches=(64,))
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(4, 8, 12, 16, 20), row=100)
+    config.pack.update(branches=(24,), branch=(100,))
+    config.batch.update(trees=8)
+    config.loss.lambda_ = 0.3
+    config.optim.update(learning_rate=3e-4, warmup=5, weight_decay=0.0)
+    config.rounds = 1
+    config.updates = 64
+    config.checkpoint_every = 32
+    return config

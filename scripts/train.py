@@ -1,0 +1,30 @@
+"""Trains a policy: explores branches of reference paths, judges them, optimises, checkpoints; resumes by itself.
+
+python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo [--config.loss.lambda_=0.5]
+"""
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from srpo_jax.training import config as configs
+from srpo_jax.training.loop import train
+from srpo_jax.training.workdir import open_workdir
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep the run; the same command resumes it.", required=True)
+
+
+def main(_):
+    config = CONFIG.value
+    workdir = open_workdir(WORKDIR.value, config)
+    mesh = configs.build_mesh(config)
+    policy = configs.build_policy(config, mesh)
+    records = configs.build_records(config)
+    judge = configs.build_judge(config) if config.rounds else None
+    logging.info("%d records, mesh %s, policy %s", len(records), dict(mesh.shape), config.policy.path)
+    train(policy, records, judge, configs.run_config(config), workdir, mesh)
+    logging.info("done; evaluate or export with --checkpoint=%s", workdir)
+
+
+if __name__ == "__main__":
+    app.run(main)

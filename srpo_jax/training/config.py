@@ -1,0 +1,180 @@
+"""From an `ml_collections` configuration to the typed configurations of the library, and to policy, data and judge.
+
+The defaults of every section are those of its dataclass, which also documents the fields; a configuration file starts from
+`default_config()` and changes what it wants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from srpo_jax import sharding
+from srpo_jax.data import loaders, scenes
+from srpo_jax.data.records import Record
+from srpo_jax.exploration.explorer import ExploreConfig, Judge
+from srpo_jax.judges import rules
+from srpo_jax.models.hf import param_shapes, read_config
+from srpo_jax.models.policy import Policy, load_policy
+from srpo_jax.training.data import BatchConfig
+from srpo_jax.training.loop import RunConfig
+from srpo_jax.training.state import OptimConfig
+from srpo_jax.training.step import ComputeConfig, LossConfig
+from srpo_jax.trees import PackConfig
+
+EMBEDDED = "embedded"
+ASSETS = Path(__file__).parents[1] / "assets"
+SECTIONS = {
+    "explore": ExploreConfig,
+    "loss": LossConfig,
+    "optim": OptimConfig,
+    "pack": PackConfig,
+    "batch": BatchConfig,
+    "compute": ComputeConfig,
+}
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; names the field."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields with their defaults.
+
+    Beside the sections of `RunConfig`:
+      policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
+        `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's).
+      data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet file or hub
+        id; `split`); `n` records (None for all), `seed` of the embedded world.
+      judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
+      mesh: sizes of the axes.
+    """
+    config = ml_collections.ConfigDict()
+    config.policy = {
+        "path": EMBEDDED,
+        "min_pixels": placeholder(int),
+        "max_pixels": placeholder(int),
+        "max_image_tokens": placeholder(int),
+        "dtype": placeholder(str),
+    }
+    config.data = {"name": "scenes", "path": "", "images": "", "split": "train", "n": placeholder(int), "seed": 0}
+    config.judge = "rules"
+    config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
+    config.explore = _defaults(ExploreConfig)
+    config.loss = _defaults(LossConfig)
+    config.optim = _defaults(OptimConfig, learning_rate=1e-5, steps=placeholder(int))
+    config.pack = _defaults(
+        PackConfig,
+        trunk=(256, 512, 1024, 2048),
+        path=(128, 256, 512, 1024),
+        rows=(4, 8, 16, 24, 32),
+        row=256,
+        branches=(24,),
+        branch=(256,),
+    )
+    config.batch = _defaults(BatchConfig, trees=8)
+    config.compute = _defaults(ComputeConfig)
+    for field in dataclasses.fields(RunConfig):
+        if field.name not in SECTIONS:
+            config[field.name] = field.default
+    return config
+
+
+def _defaults(cls: type, **required: Any) -> dict[str, Any]:
+    """The dataclass's defaults, `required` for fields without one; None becomes a placeholder that the command line can fill."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        default = required.get(field.name, field.default)
+        kind = int if "int" in str(field.type) else tuple
+        values[field.name] = placeholder(kind) if default is None else default
+    return values
+
+
+def run_config(config: ml_collections.ConfigDict) -> RunConfig:
+    """The typed configuration of a run; `optim.steps` defaults to all updates of the run.
+
+    Raises:
+      ConfigError: an unknown or missing field, or one that its section refuses.
+    """
+    parts: dict[str, Any] = {name: _section(config, name, cls) for name, cls in SECTIONS.items() if name != "optim"}
+    steps = config.optim.steps or config.updates * max(1, config.rounds)
+    parts["optim"] = _section(config, "optim", OptimConfig, steps=steps)
+    plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
+    plain["trainable"] = tuple(plain["trainable"])
+    return RunConfig(**parts, **plain)
+
+
+def _section(config: ml_collections.ConfigDict, name: str, cls: type, **override: Any) -> Any:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config[name].items()} | override
+    known = {field.name for field in dataclasses.fields(cls)}
+    if unknown := sorted(values.keys() - known):
+        raise ConfigError(f"config.{name} has no field {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.{name}: {error}") from error
+
+
+def build_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+    """The mesh of `config.mesh` over all devices."""
+    return sharding.make_mesh(**config.mesh)
+
+
+def policy_path(path: str) -> Path:
+    """The folder of the policy, "embedded" resolved to the one in the package."""
+    return ASSETS / "base_policy" if path == EMBEDDED else Path(path)
+
+
+def build_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
+    """The policy of `config.policy`, parameters sharded over `mesh` as they are read."""
+    options = config.policy.to_dict()
+    path = policy_path(options.pop("path"))
+    shardings = sharding.param_shardings(param_shapes(read_config(path)), mesh)
+    return load_policy(path, shardings=shardings, **options)
+
+
+def build_records(config: ml_collections.ConfigDict) -> list[Record]:
+    """The training records of `config.data`.
+
+    Raises:
+      ConfigError: an unknown data set or a missing path.
+      data.loaders.LoadError: broken records; names file, line, record and field.
+    """
+    data = config.data
+    if data.name == "scenes":
+        return scenes.records(data.split, data.n, data.seed)
+    if data.name not in ("jsonl", "datasets") or not data.path:
+        raise ConfigError(
+            f"config.data.name={data.name!r}, path={data.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
+        )
+    if data.name == "jsonl":
+        records = loaders.load_jsonl(data.path, data.images or Path(data.path).parent, check_images=True)
+    else:
+        records = loaders.load_hf(data.path, split=data.split, check_images=True)
+    return records if data.n is None else records[: data.n]
+
+
+def build_judge(config: ml_collections.ConfigDict) -> Judge:
+    """The judge of `config.judge`.
+
+    Raises:
+      ConfigError: no such judge, or the rules of the embedded world for other data.
+    """
+    if config.judge == "rules":
+        if config.data.name != "scenes":
+            raise ConfigError(
+                "config.judge='rules' knows the embedded world only; for your own data give 'package.module:function', "
+                "a function (record, parsed path) -> srpo_jax.judges.Verdict, or set rounds=0 to train on reference paths alone"
+            )
+        return rules.judge
+    module, _, name = config.judge.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"config.judge={config.judge!r} is no 'package.module:function' ({error})") from error

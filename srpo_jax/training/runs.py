@@ -1,0 +1,44 @@
+"""Reading what a run left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import ml_collections
+
+from srpo_jax.checkpoint import Checkpointer
+from srpo_jax.models.hf import param_shapes, read_config
+from srpo_jax.models.policy import Policy
+from srpo_jax.training import config as configs
+from srpo_jax.training.state import abstract_state
+from srpo_jax.training.workdir import CONFIG_FILE
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is a work directory of training, not a Hugging Face folder (both hold a config.json)."""
+    return (Path(path) / "checkpoints").is_dir() and (Path(path) / CONFIG_FILE).is_file()
+
+
+def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Policy, int]:
+    """The policy of a work directory at `step` (the newest checkpoint if None), and that step.
+
+    Raises:
+      FileNotFoundError: no work directory there.
+      checkpoint.CheckpointError: no checkpoint, or not that one.
+    """
+    path = Path(path)
+    if not is_run(path):
+        raise FileNotFoundError(f"{path}: no work directory of a training run (config.json and checkpoints/)")
+    config = configs.default_config()
+    config.update(ml_collections.ConfigDict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))))
+    mesh = configs.build_mesh(config) if mesh is None else mesh
+    run = configs.run_config(config)
+    start = configs.build_policy(config, mesh)
+    shapes = param_shapes(read_config(configs.policy_path(config.policy.path)))
+    shapes = jax.tree.map(lambda shape, x: jax.ShapeDtypeStruct(shape.shape, x.dtype), shapes, start.params)
+    with Checkpointer(path / "checkpoints", keep=run.keep) as checkpoints:
+        state, _ = checkpoints.restore(step, abstract_state(shapes, run.optim.make(), run.trainable, mesh))
+    return dataclasses.replace(start, params=state.all_params()), int(state.step)
