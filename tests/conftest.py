@@ -14,3 +14,9 @@ CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+
+from hypothesis import settings  # noqa: E402  (after the environment is set)
+
+# A first call may compile or wait for a busy disk; the deadline of hypothesis would take that for a failure.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
