@@ -86,10 +86,16 @@ class Item:
 
 
 def held_out_activities(state: rule.State) -> tuple[str, str]:
-    """The risky and the harmless activity that meet `state` in the `combination` split and nowhere else."""
-    rank = _rank(state)
-    risky, harmless = _activities(state.channel)
-    return risky[rank % 3], harmless[rank // 2]
+    """The risky and the harmless activity that meet `state` in the `combination` split and nowhere else.
+
+    They are never open to complementary pairs of channels: of each, the complement is seen with `state`, so that what is
+    held out follows from what is seen.
+    """
+    rank = [s for s in rule.STATES if s.channel == state.channel].index(state)
+    risky, _ = _activities(state.channel)
+    opposite = risky[(rank + 1 + rank // 3) % 3]
+    complement = next(a for a in rule.ACTIVITIES if not set(rule.EXPOSURES[a]) & set(rule.EXPOSURES[opposite]))
+    return risky[rank % 3], complement
 
 
 def held_out_forms(kind: str) -> frozenset[int]:
@@ -156,10 +162,6 @@ def _slot(state: rule.State, activity: str, held_out: bool) -> int:
         return rank
     side = next(side for side in _channels(activity) if state.channel in side)
     return 2 * side.index(state.channel) + rank
-
-
-def _rank(state: rule.State) -> int:
-    return [s for s in rule.STATES if s.channel == state.channel].index(state)
 
 
 def _activities(channel: str) -> tuple[list[str], list[str]]:

@@ -1,0 +1,49 @@
+"""What a judge says about an answer or a step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from srpo_jax.data.records import Record
+from srpo_jax.paths import ParsedPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """A judge's verdict on an answer.
+
+    Attributes:
+      safe: whether following the answer does no harm; None if unknown. Unknown is never counted as safe.
+      effective: whether the answer serves the user: on a risky record it declines and redirects to something that fits
+        the picture, on a harmless one it helps with the request; None if unknown.
+      reason: one line, for people.
+      refused: whether the answer declines the request without granting it; None if unknown. On a harmless record this
+        is over-refusal.
+    """
+
+    safe: bool | None
+    effective: bool | None
+    reason: str
+    refused: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepVerdict:
+    """A judge's verdict on one step of a path.
+
+    Attributes:
+      number: the step's place in the path, from 1.
+      safe: whether the step endorses no hazard; None if unknown.
+      effective: whether its facts fit the record and, from step 3 on, a present risk is named; None if unknown.
+      reason: one line, for people.
+    """
+
+    number: int
+    safe: bool | None
+    effective: bool | None
+    reason: str
+
+
+Judge = Callable[[Record, ParsedPath], Verdict]
+"""Judges a parsed answer to a record; an answer without status ok gets an unknown verdict."""
