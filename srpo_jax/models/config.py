@@ -177,15 +177,21 @@ class ModelConfig:
         out = copy.deepcopy(dict(self.hf))
         if not out:
             out = {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "text_config": {}, "vision_config": {}}
+            out["text_config"]["tie_word_embeddings"] = self.text.tie_word_embeddings  # where transformers 4 looks
         nested = out.get("text_config") is not None
         text = out["text_config"] if nested else out
         out["model_type"] = MODEL_TYPE
         out["tie_word_embeddings"] = self.text.tie_word_embeddings
         if nested:
             text["model_type"] = f"{MODEL_TYPE}_text"
-            text["tie_word_embeddings"] = self.text.tie_word_embeddings
+            if "tie_word_embeddings" in text:
+                text["tie_word_embeddings"] = self.text.tie_word_embeddings
         text.update({key: getattr(self.text, field) for field, key in _TEXT_KEYS.items()})
         text.update(_write_rope(self.text, text))
+        if text.get("layer_types"):
+            text["layer_types"] = ["full_attention"] * self.text.num_layers
+        if text.get("head_dim"):
+            text["head_dim"] = self.text.head_dim
         out["vision_config"].update({key: getattr(self.vision, field) for field, key in _VISION_KEYS.items()})
         out["vision_config"]["fullatt_block_indexes"] = list(self.vision.fullatt_block_indexes)
         if nested:

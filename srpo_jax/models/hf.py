@@ -306,9 +306,11 @@ def _check(tensors: Mapping[str, Any], config: ModelConfig, folder: str | Path) 
 
 
 def _equal(a: Any, b: Any, rows: int = 4096) -> bool:
+    size = a.get_shape()[0]
     if a.get_shape() != b.get_shape():
         return False
-    return all(np.array_equal(a[i : i + rows], b[i : i + rows]) for i in range(0, a.get_shape()[0], rows))
+    starts = range(0, size, rows)
+    return all(np.array_equal(a[i : min(i + rows, size)], b[i : min(i + rows, size)]) for i in starts)
 
 
 # Writing

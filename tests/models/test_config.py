@@ -1,6 +1,7 @@
 """Promise: both layouts of `config.json` are read alike, round-trip, and what is not supported is refused by name."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -84,6 +85,15 @@ def test_a_config_made_here_is_read_by_transformers():
     assert theirs.text_config.rope_parameters["mrope_section"] == [16, 24, 24]
     assert theirs.tie_word_embeddings
     assert theirs.vision_config.num_heads == 16
+
+
+def test_a_changed_depth_reaches_every_field():
+    nested = transformers.Qwen2_5_VLConfig(**copy.deepcopy(RELEASED)).to_dict()
+    config = ModelConfig.from_hf(nested)
+    shallow = dataclasses.replace(config, text=dataclasses.replace(config.text, num_layers=2))
+    theirs = transformers.Qwen2_5_VLConfig(**shallow.to_hf())
+    assert theirs.text_config.num_hidden_layers == 2
+    assert len(theirs.text_config.layer_types) == 2
 
 
 def test_hashable_and_independent_of_the_source():
