@@ -120,6 +120,39 @@ class JsonLines:
         self.close()
 
 
+class Store:
+    """An append-only file of JSON lines and what it held when it was opened; without a folder, nothing at all.
+
+    Attributes:
+      lines: the records that were there, in order.
+    """
+
+    def __init__(self, file: JsonLines | None, lines: list[dict[str, Any]]):
+        self._file, self.lines = file, lines
+
+    @staticmethod
+    def open(folder: str | Path | None, name: str) -> Store:
+        """The file `name` of `folder`, made with the folder where missing; one that keeps nothing if `folder` is None."""
+        if folder is None:
+            return Store(None, [])
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = JsonLines(path)
+        return Store(file, list(read_jsonl(path)))
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Appends one record; see `JsonLines.append`."""
+        if self._file is not None:
+            self._file.append(line)
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
 def _whole_lines_size(file: int) -> int:
     """Bytes up to and including the last line end, found from the back: the file may be large."""
     end = os.fstat(file).st_size

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
-from srpo_jax.files import JsonLines, read_jsonl
+from srpo_jax.files import Store
 from srpo_jax.inputs import batch_inputs
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import ParsedPath, Status, parse
@@ -104,7 +104,7 @@ def explore(
     if len(by_id) != len(records):
         raise ValueError("record ids are not unique: exploration keys trees by id")
     trunks = [make_trunk(record, policy.processor) for record in records]
-    branches, verdicts = _Store.open(folder, "branches.jsonl"), _Store.open(folder, "verdicts.jsonl")
+    branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
         if unknown := stored.keys() - by_id.keys():
@@ -120,7 +120,7 @@ def explore(
         return [_judged(tree, by_id[tree.trunk.record_id], policy, config, judge, known, verdicts) for tree in bar]
 
 
-def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: _Store) -> Iterator[ReasoningTree]:
+def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: Store) -> Iterator[ReasoningTree]:
     """Trees in order, batch by batch. A batch of which any tree is missing is sampled again, at the same shapes."""
     for start in range(0, len(trunks), config.trees):
         batch = trunks[start : start + config.trees]
@@ -183,7 +183,7 @@ def branch_text(policy: Policy, trunk: Trunk, prefix: int, tokens: np.ndarray) -
     return policy.processor.decode([*path.tolist(), *tokens.tolist()])
 
 
-def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, known, store: _Store) -> ReasoningTree:
+def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, known, store: Store) -> ReasoningTree:
     """The tree with verdicts; a branch without an answer keeps its status and no verdict."""
     branches = []
     counts: dict[int, int] = {}
@@ -243,30 +243,3 @@ def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, b
         "explore/favourable_risky": favourable(True),
         "explore/favourable_harmless": favourable(False),
     }
-
-
-class _Store:
-    """An append-only file of JSON lines and what it held when it was opened; or nothing at all."""
-
-    def __init__(self, file: JsonLines | None, lines: list[dict[str, Any]]):
-        self._file, self.lines = file, lines
-
-    @staticmethod
-    def open(folder: str | Path | None, name: str) -> _Store:
-        if folder is None:
-            return _Store(None, [])
-        path = Path(folder) / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = JsonLines(path)
-        return _Store(file, list(read_jsonl(path)))
-
-    def append(self, line: dict[str, Any]) -> None:
-        if self._file is not None:
-            self._file.append(line)
-
-    def __enter__(self) -> _Store:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
