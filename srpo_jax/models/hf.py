@@ -207,7 +207,7 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, 
     return nest(flat)
 
 
-def _reader(source: Source, tensors: Mapping[str, Any], dtype: jnp.dtype) -> Callable[[Index], np.ndarray]:
+def _reader(source: Source, tensors: Mapping[str, Any], dtype: jnp.dtype) -> Callable[[Any], np.ndarray]:
     """A function from an index into the parameter to its values, which reads no more than they need."""
 
     def read(index: Index) -> np.ndarray:
@@ -386,7 +386,7 @@ def _atomic_folder(folder: Path) -> Iterator[Path]:
 
 def _write_tensors(folder: Path, flat: Mapping[str, Any], table: Mapping[str, Source], max_shard_bytes: int) -> None:
     shards = _plan_shards(flat, table, max_shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         save_file(

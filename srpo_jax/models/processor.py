@@ -103,8 +103,8 @@ class Processor:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
-        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        bounds = {key: value for key, value in bounds.items() if value is not None}
+        given = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        bounds: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **bounds)
