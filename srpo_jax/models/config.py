@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -168,7 +167,7 @@ class ModelConfig:
         return cls(
             text=_read_text(text, tied),
             vision=_read_vision(hf["vision_config"]),
-            hf=MappingProxyType(copy.deepcopy(dict(hf))),
+            hf=copy.deepcopy(dict(hf)),
             **{key: int(hf.get(key, default)) for key, default in _TOKEN_IDS.items()},
         )
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
@@ -107,12 +108,15 @@ class Processor:
         bounds: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            template = folder / "chat_template.json"  # where the released checkpoints keep the processor's template
+            if template.is_file():
+                tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+        except Exception as error:  # the tokenizers library raises bare exceptions
+            raise ValueError(f"{folder}: the tokenizer or chat template cannot be read ({error})") from error
+        try:
             images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **bounds)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: tokenizer or preprocessor_config.json cannot be read ({error})") from error
-        template = folder / "chat_template.json"  # where the released checkpoints keep the processor's template
-        if template.is_file():
-            tokenizer.chat_template = json.loads(template.read_text(encoding="utf-8"))["chat_template"]
+            raise ValueError(f"{folder}: preprocessor_config.json cannot be read ({error})") from error
         return cls(tokenizer, images, config, max_image_tokens)
 
     def save(self, folder: str | Path) -> None:
@@ -223,7 +227,10 @@ class Processor:
         if images not in self._frames:
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": _MARK}]
             messages = [{"role": "user", "content": content}]
-            rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            try:
+                rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except (jinja2.TemplateError, ValueError) as error:
+                raise ValueError(f"the chat template cannot be rendered ({error})") from error
             parts = rendered.split(_MARK)
             ids = [self.tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts]
             if len(parts) != 2 or ids[0].count(self.config.image_token_id) != images:

@@ -19,7 +19,7 @@ from srpo_jax.inputs import Inputs, VisionInputs
 from srpo_jax.models import attention
 from srpo_jax.models.attention import CombCache, KeyValues
 from srpo_jax.models.config import ModelConfig, TextConfig
-from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, RMSNorm, rotate
+from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, RMSNorm, rotate, stacked
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.vision import VisionTower
 from srpo_jax.trees import Rows
@@ -86,11 +86,6 @@ class DecoderLayer(nnx.Module):
         y, kept = self.attention(self.attention_norm(x), angles, attend)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), kept
-
-
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """`depth` modules as one, every parameter with a leading layer axis."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
 
 
 class Qwen2_5_VL(nnx.Module):

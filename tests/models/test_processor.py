@@ -3,6 +3,7 @@ refused by number."""
 
 import copy
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -199,11 +200,32 @@ def test_parts_that_do_not_belong_together(case, processor):
         Processor.load(case.folder / "nowhere", config)
 
 
-def test_unreadable_parts(case, tmp_path):
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("preprocessor_config.json", r"preprocessor_config\.json cannot be read"),
+        ("tokenizer.json", "tokenizer or chat template cannot be read"),
+        ("chat_template.json", "tokenizer or chat template cannot be read"),
+        ("chat_template.jinja", "chat template cannot be rendered"),
+    ],
+)
+def test_unreadable_parts(case, tmp_path, file, message):
     shutil.copytree(case.folder, tmp_path / "bad")
-    (tmp_path / "bad" / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ValueError, match="preprocessor_config"):
+    (tmp_path / "bad" / file).write_text("{% if %}")
+    with pytest.raises(ValueError, match=message):
         Processor.load(tmp_path / "bad", case.policy.config)
+
+
+def test_processors_travel_to_worker_processes(processor, picture):
+    again = pickle.loads(pickle.dumps(processor))
+    encoded, wanted = (p.encode([picture(60, 90)], "What is shown?") for p in (again, processor))
+    np.testing.assert_array_equal(encoded.tokens, wanted.tokens)
+    np.testing.assert_array_equal(encoded.vision.patches, wanted.vision.patches)
+    assert again.config == processor.config
+
+
+def test_ids_beyond_the_tokenizer_decode_to_nothing(processor):
+    assert processor.decode([processor.vocab_size, processor.vocab_size + 5]) == ""
 
 
 def test_nothing_imports_torch(case):
