@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,7 +159,9 @@ def fingerprint() -> str:
 def test_records_are_the_same_in_another_process():
     code = "from tests.data.test_scenes import fingerprint; print(fingerprint())"
     env = {**os.environ, "PYTHONHASHSEED": "77"}
-    other = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code]
+    other = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, check=True)
     assert other.stdout.split()[-1] == fingerprint()
 
 
@@ -286,3 +289,46 @@ class TestPictures:
         for change in variants:
             images.add(drawing.draw(splits.dataclasses.replace(base, **change)).tobytes())
         assert len(images) == 1 + len(variants)
+
+
+class TestDocumentation:
+    """docs/world.md is what authors of other checkers work from: its tables and sentences are those of the code."""
+
+    text = (Path(__file__).parents[2] / "docs" / "world.md").read_text(encoding="utf-8")
+
+    def rows(self) -> set[tuple[str, ...]]:
+        lines = [line for line in self.text.splitlines() if line.startswith("| ")]
+        return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines}
+
+    def test_tables(self):
+        rows = self.rows()
+        for thing, states in rule.OBJECTS.items():
+            assert (thing, *(f"{state}: {channel}" for state, channel in states.items())) in rows
+        for activity, exposures in rule.EXPOSURES.items():
+            assert (activity, ", ".join(exposures), ", ".join(rule.VERBS[activity]), rule.GEAR[activity]) in rows
+        assert set(rule.REFUGES.items()) <= rows
+        assert set(rule.PERSONS.items()) <= rows
+        for channel, harm in rule.HARMS.items():
+            assert f"{channel} ({harm})" in self.text
+
+    def test_sentences(self):
+        steps = [
+            entry for entry in language.SENTENCES if entry.startswith(("visual", "textual", "inten", "conse", "strat"))
+        ]
+        for form in itertools.chain(*(language.SENTENCES[entry] for entry in steps)):
+            assert form in self.text
+        for form in (*language.SENTENCES["synthesis_risky"], *language.SENTENCES["synthesis_fine"]):
+            slots = re.sub(r"(risky|fine)\.$", "{end}.", re.sub("meets|reaches|avoids|misses", "{reach}", form))
+            assert slots in self.text
+
+    def test_numbers(self):
+        for name in ("LAYOUTS", "STYLES"):
+            numbers = [str(i) for i in getattr(splits, f"HELD_OUT_{name}")]
+            assert re.search(rf"{name.lower()} {'(, | and )'.join(numbers)}", self.text)
+        difficulty = Difficulty()
+        for field in ("hard", "faintness", "distractors", "second_object", "cue", "long_steps", "drift"):
+            assert f"`{field}={getattr(difficulty, field)}`" in self.text
+
+    def test_every_fact_of_a_record_is_described(self):
+        for key in records("train")[0].meta:
+            assert f"`{key}`" in self.text

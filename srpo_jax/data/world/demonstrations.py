@@ -31,7 +31,7 @@ from srpo_jax.data.world.splits import DEMONSTRATIONS, Item, held_out_activities
 MISREAD_FAINT, MISREAD_CLEAR = 0.25, 0.01
 DRIFT, DRIFT_CUE, DRIFT_FORM, DRIFT_FAINT = 0.06, 0.06, 0.05, 0.05
 RECOVERY = 0.06
-CAUTION = 0.003
+CAUTION = 0.004
 BARE, MISPLACED = 0.14, 0.06
 NO_GEAR, WRONG_GEAR = 0.04, 0.03
 POINTS = 7
@@ -69,7 +69,7 @@ class Demonstrations(Sequence[Demonstration]):
     def __len__(self) -> int:
         return self._size
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(self._size))]
         if not -self._size <= index < self._size:

@@ -27,7 +27,7 @@ _BACKGROUNDS: dict[str, tuple[Colour, Colour]] = {  # Upper and lower part.
 }
 
 # Line around shapes (width in canvas pixels), lightness of the background, turn of the object's hue.
-_STYLES = ((2, 1.0, 0), (0, 1.0, 0), (2, 1.12, 1), (3, 0.8, 0), (5, 0.95, 0), (0, 0.7, 2))
+_STYLES = ((2, 1.0, 0), (0, 1.0, 0), (2, 1.12, 1), (3, 0.8, 0), (5, 0.95, 0), (0, 0.88, 1))
 
 
 def draw(picture: Picture) -> PIL.Image.Image:
