@@ -1,0 +1,93 @@
+"""Evaluation of a policy: generate, judge, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from srpo_jax.data.records import Record
+from srpo_jax.evaluation.evaluators import Evaluator
+from srpo_jax.evaluation.generate import GenerateConfig, Prompt, Response, encode_prompts, generate
+from srpo_jax.evaluation.judging import judge_responses
+from srpo_jax.evaluation.metrics import report
+from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.models.policy import Policy
+
+REFUSAL = "I cannot help with that."
+"""The answer of the policy that refuses everything."""
+
+
+def evaluate(
+    policy: Policy,
+    params: Mapping[str, Any],
+    records: Sequence[Record],
+    evaluator: Evaluator,
+    config: GenerateConfig,
+    folder: str | Path | None = None,
+    *,
+    name: str = "policy",
+    step: int = 0,
+    prompts: Sequence[Prompt] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluates `params` on risky records and their harmless twins.
+
+    Args:
+      policy: whose module and processor to use.
+      params: the parameters.
+      records: the benchmark, with distinct ids.
+      evaluator: who judges (see `evaluators.evaluator_for`).
+      config: how to sample responses.
+      folder: where responses and verdicts are kept; the same call goes on where it was killed. None keeps nothing.
+      name: of the row in the report.
+      step: of training, for the report.
+      prompts: `encode_prompts(records, policy.processor)`, to encode once for several policies.
+      progress: show progress bars.
+
+    Returns:
+      An entry of `results.json` (see docs/evaluation.md).
+
+    Raises:
+      ValueError: no records, duplicate ids, prompts of other records, or prompts that do not fit the model.
+    """
+    if not records:
+        raise ValueError("no records to evaluate")
+    prompts = encode_prompts(records, policy.processor) if prompts is None else prompts
+    if [p.record_id for p in prompts] != [r.id for r in records]:
+        raise ValueError("the prompts are not those of the records; encode them again")
+    responses = generate(policy, params, prompts, config, folder, progress=progress)
+    judged = judge_responses(records, responses, evaluator, folder, progress=progress)
+    decoding = {**config.decoding(), "samples": config.samples}
+    return {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding, **report(judged)}
+
+
+def reference_rows(records: Sequence[Record], evaluator: Evaluator) -> list[dict[str, Any]]:
+    """What the evaluator says of two policies that look at nothing: refuse everything, comply with everything.
+
+    A policy that complies answers a risky record with its unsafe reply, so that row is left out where a record has none. Their
+    rows have no path: they do not reason.
+    """
+    rows = [_constant("refuse everything", records, lambda record: REFUSAL, evaluator)]
+    if all(record.unsafe_reply for record in records if record.risky):
+        rows.append(_constant("comply with everything", records, _comply, evaluator))
+    return rows
+
+
+def _comply(record: Record) -> str:
+    return (record.unsafe_reply or "") if record.risky else record.safe_reply
+
+
+def _constant(
+    name: str, records: Sequence[Record], reply: Callable[[Record], str], evaluator: Evaluator
+) -> dict[str, Any]:
+    # The reference path in front makes a turn that parses; only the answer is reported.
+    texts = ["".join(GRAMMAR.render(record.steps, reply(record))) for record in records]
+    nothing = np.zeros(0, np.int32)
+    responses = [Response(record.id, 0, nothing, True, text) for record, text in zip(records, texts, strict=True)]
+    told = report(judge_responses(records, responses, evaluator, progress=False))
+    for part in (told, *told["by_category"].values(), *told["by_split"].values()):
+        part.pop("path")
+    return {"name": name, "evaluator": evaluator.name, "decoding": {}, **told | {"length": None}}

@@ -1,0 +1,50 @@
+"""Which evaluator belongs to which data set.
+
+An evaluator is not the judge of training: what a policy was selected for by one reader is measured by another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from srpo_jax.data.records import Record
+from srpo_jax.evaluation import checker
+from srpo_jax.judges.verdict import Verdict
+from srpo_jax.paths import ParsedPath
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Functions that read a response; any of their answers may be None for "cannot tell".
+
+    Attributes:
+      name: with a version: stored verdicts are used again under the same name alone.
+      answer: verdict of the answer; asked for responses that have one.
+      steps: verdicts of the steps, one for each in `ParsedPath.steps`.
+      refuses: whether the answer declines the request, with or without an alternative.
+    """
+
+    name: str
+    answer: Callable[[Record, ParsedPath], Verdict]
+    steps: Callable[[Record, ParsedPath], Sequence[Verdict]]
+    refuses: Callable[[Record, ParsedPath], bool | None]
+
+
+EVALUATORS = {
+    "scenes": Evaluator("scenes-checker-1", checker.check_answer, checker.check_steps, checker.refuses),
+}
+
+
+def evaluator_for(name: str) -> Evaluator:
+    """The evaluator of a data set.
+
+    Raises:
+      ValueError: there is none; lists those that there are.
+    """
+    if name not in EVALUATORS:
+        raise ValueError(
+            f"no evaluator for data set {name!r} (there are {', '.join(EVALUATORS)}); for your own data pass an "
+            "srpo_jax.evaluation.evaluators.Evaluator of your functions"
+        )
+    return EVALUATORS[name]

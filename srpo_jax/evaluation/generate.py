@@ -1,0 +1,260 @@
+"""Sampling responses to the prompts of a benchmark: image and prompt encoded once, shared by the prompt's samples.
+
+A prompt is a trunk without a path, its samples are branches at its end, so the sampler of exploration does the work. Responses
+go to `responses.jsonl` as they come, under a key of everything they depend on: parameters, prompt and image, decoding, sample.
+One file may hold those of several policies and decodings; a killed run goes on, and nothing stale is ever taken for a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from srpo_jax.data.images import open_image
+from srpo_jax.data.records import Record
+from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
+from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.files import Store
+from srpo_jax.inputs import Encoded, batch_inputs
+from srpo_jax.models.policy import Policy
+from srpo_jax.models.processor import Processor
+from srpo_jax.paths import ParsedPath, parse
+from srpo_jax.sharding import flatten
+from srpo_jax.trees import Ladder, bucket
+
+RESPONSES = "responses.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How responses are sampled.
+
+    Attributes:
+      temperature: 0 for greedy.
+      samples: responses per prompt.
+      max_tokens: token budget of a response; one that does not end within it is truncated.
+      batch: prompts that decode together; the last batch is padded, so that one program serves all.
+      trunk: ladder of prompt lengths.
+      patches: ladder of vision patches per prompt; None takes the largest of all prompts.
+      seed: of the random bits; those of a response depend on (seed, record id, sample) alone.
+
+    Raises:
+      ValueError: a field out of range, or several samples of greedy decoding, which would be copies.
+    """
+
+    temperature: float = 0.0
+    samples: int = 1
+    max_tokens: int = 1024
+    batch: int = 64
+    trunk: Ladder = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+    patches: Ladder | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_tokens", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, not {self.temperature}")
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("greedy decoding (temperature=0) gives one response per prompt; set samples=1")
+
+    def decoding(self) -> dict[str, Any]:
+        """What shapes a single response, as it stands in stores and reports."""
+        return {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": self.seed}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt.
+
+    Attributes:
+      record_id: whose question it is.
+      encoded: the chat template with images and question, up to the start of the reply.
+      fingerprint: of tokens and pixels, so that a changed record, image or template is noticed.
+    """
+
+    record_id: str
+    encoded: Encoded
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Response:
+    """A sampled turn.
+
+    Attributes:
+      record_id: the prompt's record.
+      sample: its number among the prompt's samples, from 0.
+      tokens: int32[n], end-of-turn included where reached.
+      stopped: whether it was reached; False for a response that ran into its budget.
+      text: the turn as text.
+      gap: smallest gap between the best two (perturbed) logits; where it is near 0 another batch size or mesh may draw
+        another token. Infinite for imported text.
+    """
+
+    record_id: str
+    sample: int
+    tokens: np.ndarray
+    stopped: bool
+    text: str
+    gap: float = float("inf")
+
+    def parse(self) -> ParsedPath:
+        """Path and answer."""
+        return parse(self.text, stopped=self.stopped, grammar=GRAMMAR)
+
+
+def encode_prompts(records: Sequence[Record], processor: Processor) -> list[Prompt]:
+    """The records' prompts; worth keeping where several policies of one processor are evaluated.
+
+    Raises:
+      ValueError: an image that cannot be read or a prompt longer than the context, naming the record; duplicate ids.
+    """
+    if len({record.id for record in records}) != len(records):
+        raise ValueError("record ids are not unique: responses are kept by id")
+    prompts = []
+    for record in records:
+        try:
+            encoded = processor.encode([open_image(image) for image in record.images], record.question)
+        except ValueError as error:
+            raise ValueError(f"record {record.id!r}: {error}") from error
+        prompts.append(Prompt(record.id, encoded, _prompt_fingerprint(encoded)))
+    return prompts
+
+
+def generate(
+    policy: Policy,
+    params: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    config: GenerateConfig,
+    folder: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> list[Response]:
+    """Samples `config.samples` responses to every prompt.
+
+    Args:
+      policy: whose module and tokenizer to use.
+      params: the parameters.
+      prompts: from `encode_prompts`.
+      config: how to sample.
+      folder: where `responses.jsonl` is kept and resumed from; None keeps nothing.
+      progress: show a progress bar.
+
+    Returns:
+      The responses, prompt by prompt and sample by sample.
+
+    Raises:
+      ValueError: prompt and token budget together exceed the model's context, or a prompt exceeds the ladder.
+    """
+    if not prompts:
+        return []
+    length, patches = _shape(policy, prompts, config)
+    run = {"params": params_fingerprint(params), **config.decoding()}
+    with Store.open(folder, RESPONSES) as store:
+        known = {_key(line): line for line in store.lines if all(line[k] == v for k, v in run.items())}
+        bar = tqdm(total=len(prompts), desc=f"generate T={config.temperature:g}", unit="prompt", disable=not progress)
+        responses: list[Response] = []
+        for start in range(0, len(prompts), config.batch):
+            batch = prompts[start : start + config.batch]
+            wanted = [(p.record_id, s, p.fingerprint) for p in batch for s in range(config.samples)]
+            # A batch that is not complete is sampled again as a whole, at the same shapes: the same bits.
+            lines = [known.get(key) for key in wanted]
+            if not all(lines):
+                fresh = _sample(policy, params, batch, config, length, patches)
+                for key, one in zip(wanted, fresh, strict=True):
+                    if key not in known:
+                        known[key] = _line(key, one, run, policy.processor)
+                        store.append(known[key])
+            responses += [_response(known[key]) for key in wanted]
+            bar.update(len(batch))
+        bar.close()
+    return responses
+
+
+def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) -> tuple[int, int | None]:
+    """Padded prompt length and patches, the same for every batch."""
+    context = policy.config.text.max_position_embeddings
+    longest = max(prompts, key=lambda p: len(p.encoded.tokens))
+    tokens = len(longest.encoded.tokens)
+    if tokens + config.max_tokens > context:
+        raise ValueError(
+            f"record {longest.record_id!r}: a prompt of {tokens} tokens and max_tokens={config.max_tokens} exceed the "
+            f"model's context of {context}; lower max_tokens or max_image_tokens"
+        )
+    patches = max(0 if p.encoded.vision is None else len(p.encoded.vision.patches) for p in prompts)
+    if patches and config.patches:
+        patches = bucket(patches, config.patches, "vision patches of a prompt (patches)")
+    return bucket(tokens, config.trunk, "prompt tokens (trunk)"), patches or None
+
+
+def _sample(policy: Policy, params, prompts, config: GenerateConfig, length: int, patches: int | None) -> list[Samples]:
+    """One `Samples` without leading axes per prompt and sample."""
+    padded = [*prompts, *[prompts[0]] * (config.batch - len(prompts))]
+    inputs = batch_inputs([p.encoded for p in padded], length, patches)
+    limits = np.repeat(inputs.lengths[:, None], config.samples, axis=1)
+    seed = jax.random.key(config.seed)
+    keys = jnp.stack([record_key(seed, p.record_id) for p in padded])
+    numbers = np.broadcast_to(np.arange(config.samples, dtype=np.int32), limits.shape)
+    keys = branch_keys(keys, np.zeros(limits.shape, np.int32), numbers)
+    how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)
+    drawn = jax.device_get(sample_branches(policy.graphdef, params, inputs, limits, keys, how))
+    return [Samples(*(x[b, m] for x in drawn)) for b in range(len(prompts)) for m in range(config.samples)]
+
+
+def _key(line: Mapping[str, Any]) -> tuple[str, int, str]:
+    return line["record_id"], line["sample"], line["prompt"]
+
+
+def _line(key: tuple[str, int, str], one: Samples, run: Mapping[str, Any], processor: Processor) -> dict[str, Any]:
+    tokens = one.tokens[: one.lengths].tolist()
+    name = dict(zip(("record_id", "sample", "prompt"), key, strict=True))
+    told = {"stopped": bool(one.stopped), "gap": float(one.ties), "text": processor.decode(tokens), "tokens": tokens}
+    return {**name, **run, **told}
+
+
+def _response(line: Mapping[str, Any]) -> Response:
+    gap = float("inf") if line["gap"] is None else line["gap"]
+    tokens = np.asarray(line["tokens"], np.int32)
+    return Response(line["record_id"], line["sample"], tokens, line["stopped"], line["text"], gap)
+
+
+def _prompt_fingerprint(encoded: Encoded) -> str:
+    digest = hashlib.sha256(encoded.tokens.tobytes())
+    digest.update(encoded.positions.tobytes())
+    if encoded.vision is not None:
+        for array in encoded.vision:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def params_fingerprint(params: Mapping[str, Any]) -> str:
+    """Sixteen hexadecimal digits that tell parameters apart: names, shapes, dtypes and two checksums of all bits.
+
+    The checksums are sums of integers, so they do not depend on how the arrays are sharded, and run where the arrays are.
+    """
+    flat = flatten(params)
+    sums = jax.device_get(_checksums(flat))
+    parts = [f"{path} {flat[path].dtype}{list(flat[path].shape)} {sums[path].tolist()}" for path in sorted(flat)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    def checksum(x: jax.Array) -> jax.Array:
+        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")).astype(jnp.uint32)
+        # Odd weights that differ by place, modulo 2^32: a changed or moved value changes the sum.
+        place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+        weights = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+        return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * weights, dtype=jnp.uint32)])
+
+    return {path: checksum(jnp.asarray(x)) for path, x in flat.items()}

@@ -1,0 +1,160 @@
+"""Verdicts of every response's answer and steps, asked once and kept.
+
+A response without an answer (truncated, path not closed, ...) is never safe and never effective, and is not asked about:
+there is nothing to ask. It stays in the total. What the evaluator could not tell is None here, not a verdict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from srpo_jax.data.records import Record
+from srpo_jax.evaluation.evaluators import Evaluator
+from srpo_jax.evaluation.generate import Response
+from srpo_jax.evaluation.statistics import Outcome, both, every
+from srpo_jax.files import Store
+from srpo_jax.judges.verdict import Verdict
+from srpo_jax.paths import ParsedPath, Status
+
+VERDICTS = "verdicts.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """A response and what the evaluator says of it.
+
+    Attributes:
+      record: the question.
+      response: what the policy wrote.
+      path: its parse.
+      answer: verdict of the answer; None exactly where the response has no answer.
+      steps: a verdict for each step as found.
+      refused: whether the answer declines the request.
+    """
+
+    record: Record
+    response: Response
+    path: ParsedPath
+    answer: Verdict | None
+    steps: tuple[Verdict, ...]
+    refused: Outcome
+
+    @property
+    def malformed(self) -> bool:
+        """Whether there is no answer to judge."""
+        return self.path.status is not Status.OK
+
+    @property
+    def safe(self) -> Outcome:
+        """Whether the answer is safe; never without an answer."""
+        return False if self.answer is None else self.answer.safe
+
+    @property
+    def effective(self) -> Outcome:
+        """Whether the answer is effective; never without an answer."""
+        return False if self.answer is None else self.answer.effective
+
+    @property
+    def safe_and_effective(self) -> Outcome:
+        """Both."""
+        return both(self.safe, self.effective)
+
+    @property
+    def whole_path(self) -> bool:
+        """Whether the response has an answer and exactly the grammar's steps in order; only then is its path judged."""
+        return not self.malformed and not self.path.deviations()
+
+    @property
+    def path_safe(self) -> Outcome:
+        """Whether every step is safe; never without a whole path."""
+        return self.whole_path and every(step.safe for step in self.steps)
+
+    @property
+    def path_effective(self) -> Outcome:
+        """Whether every step is effective; never without a whole path."""
+        return self.whole_path and every(step.effective for step in self.steps)
+
+    @property
+    def path_safe_and_effective(self) -> Outcome:
+        """Both."""
+        return both(self.path_safe, self.path_effective)
+
+
+def judge_responses(
+    records: Sequence[Record],
+    responses: Sequence[Response],
+    evaluator: Evaluator,
+    folder: str | Path | None = None,
+    *,
+    progress: bool = True,
+) -> list[Judged]:
+    """Judges responses; verdicts are kept under (evaluator, record, response) and never asked twice.
+
+    Args:
+      records: the questions, in any order.
+      responses: to those records.
+      evaluator: who judges.
+      folder: where `verdicts.jsonl` is kept and resumed from; None keeps nothing.
+      progress: show a progress bar.
+
+    Raises:
+      ValueError: a response to an unknown record, or an evaluator that returns another number of step verdicts than steps.
+    """
+    by_id = {record.id: record for record in records}
+    if missing := {response.record_id for response in responses} - by_id.keys():
+        raise ValueError(
+            f"no record for the responses to {sorted(missing)[:3]}; judge them with the records they answer"
+        )
+    digests = {record.id: _record_digest(record) for record in records}
+    judged = []
+    with Store.open(folder, VERDICTS) as store:
+        known = {line["key"]: line for line in store.lines}
+        for response in tqdm(responses, desc="judge", unit="response", disable=not progress):
+            record, path = by_id[response.record_id], response.parse()
+            key = _digest(evaluator.name, digests[record.id], response.text, response.stopped)
+            if key not in known:
+                known[key] = _ask(evaluator, record, path) | {"key": key, "record_id": record.id}
+                store.append(known[key])
+            judged.append(_from_line(known[key], record, response, path))
+    return judged
+
+
+def _ask(evaluator: Evaluator, record: Record, path: ParsedPath) -> dict[str, Any]:
+    steps = list(evaluator.steps(record, path)) if path.steps else []
+    if len(steps) != len(path.steps):
+        raise ValueError(f"evaluator {evaluator.name!r} gave {len(steps)} verdicts for {len(path.steps)} steps")
+    answered = path.status is Status.OK
+    return {
+        "evaluator": evaluator.name,
+        "status": str(path.status),
+        "answer": _told(evaluator.answer(record, path)) if answered else None,
+        "refused": evaluator.refuses(record, path) if answered else False,
+        "steps": [_told(step) for step in steps],
+    }
+
+
+def _told(verdict: Verdict) -> dict[str, Any]:
+    return {"safe": verdict.safe, "effective": verdict.effective, "reason": verdict.reason}
+
+
+def _from_line(line: Mapping[str, Any], record: Record, response: Response, path: ParsedPath) -> Judged:
+    answer = None if line["answer"] is None else Verdict(**line["answer"])
+    return Judged(record, response, path, answer, tuple(Verdict(**step) for step in line["steps"]), line["refused"])
+
+
+def _record_digest(record: Record) -> str:
+    """Of all that an evaluator may read; pictures in memory are told apart by their pixels."""
+    images = [str(i) if isinstance(i, Path) else hashlib.sha256(i.tobytes()).hexdigest() for i in record.images]
+    facts = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("images", "meta")}
+    return _digest(images, facts, dict(record.meta))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
