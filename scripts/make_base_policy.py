@@ -2,10 +2,12 @@
 
 python scripts/make_base_policy.py --workdir=runs/base --output=srpo_jax/assets/base_policy
 
-One seeded command, resumable, about 25 minutes on two cores. The policy's card, README.md beside the weights, says what came out.
+One seeded command, resumable, about 25 minutes on two cores. The policy's card, README.md beside the weights, says what
+came out.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +35,8 @@ def random_policy(config) -> Policy:
     tokenizer = build_tokenizer()
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = config.model.to_dict()
-    model = ModelConfig(
-        TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *map(tokenizer.convert_tokens_to_ids, names), {}
-    )
+    ids: Any = tokenizer.convert_tokens_to_ids(list(names))
+    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids)
     vision = model.vision
     images = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,

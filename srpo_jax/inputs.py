@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+# jax.Array on the device, np.ndarray on the host. A union would ask for a cast at every crossing.
+Array = Any
 
 
 class VisionInputs(NamedTuple):

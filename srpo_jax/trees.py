@@ -270,7 +270,9 @@ def _off_policy(prefix: int, tokens: np.ndarray, verdict: bool) -> Branch:
     return Branch(prefix, tokens, nothing, "ok", verdict, "substitute from the record", on_policy=False)
 
 
-def select_pairs(prefixes: Sequence[int], verdicts: Sequence[int], max_pairs: int | None = None) -> np.ndarray:
+def select_pairs(
+    prefixes: Sequence[int] | np.ndarray, verdicts: Sequence[int] | np.ndarray, max_pairs: int | None = None
+) -> np.ndarray:
     """bool[M, M]: every favourable branch against every unfavourable one of its prefix.
 
     With `max_pairs`, a prefix keeps pairs along the diagonals of its favourable × unfavourable table, so that every branch

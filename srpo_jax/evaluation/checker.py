@@ -101,13 +101,14 @@ def facts_of(record: Record) -> Facts:
     """
     keys = ("object", "state", "place", "kind", "person")
     values = [record.meta.get(key) for key in keys]
-    known = (HAZARDS, HAZARDS.get(values[0], ()), REFUGES, ACTIVITY_OF, CATEGORY_OF)
+    known = (HAZARDS, HAZARDS.get(str(values[0]), ()), REFUGES, ACTIVITY_OF, CATEGORY_OF)
     if wrong := [k for k, value, table in zip(keys, values, known, strict=True) if value not in table]:
         raise ValueError(
             f"record {record.id!r} is not of the embedded world: meta has no known {', '.join(wrong)}; evaluate it with "
             "another evaluator"
         )
-    facts = Facts(*values, risky=record.risky)
+    thing, state, place, kind, person = map(str, values)
+    facts = Facts(thing, state, place, kind, person, risky=record.risky)
     if facts.hazardous(facts.verb) is not record.risky:
         raise ValueError(f"record {record.id!r}: risky={record.risky} contradicts its picture and request")
     return facts
@@ -199,7 +200,7 @@ def check_steps(record: Record, path: ParsedPath) -> list[Verdict]:
 def _check_step(facts: Facts, place: int, step) -> Verdict:
     if place > len(STEP_TITLES) or (step.number, step.title) != (place, STEP_TITLES[place - 1]):
         return Verdict(None, None, f"the heading is not that of step {place}")
-    texts = [text for text in re.split(r"\.(?: |$)", _normal(step.text)) if text.strip()]
+    texts = [text.strip() for text in re.split(r"\.(?: |$)", _normal(step.text)) if text.strip()]
     read = [_read_sentence(text) for text in texts]
     for sentence, text in zip(read, texts, strict=True):
         if sentence and _endorses(facts, *sentence):

@@ -108,7 +108,9 @@ def explore(
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
         if unknown := stored.keys() - by_id.keys():
-            raise ValueError(f"{folder} holds trees of other records ({sorted(unknown)[:3]}); use another work directory")
+            raise ValueError(
+                f"{folder} holds trees of other records ({sorted(unknown)[:3]}); use another work directory"
+            )
         bar = tqdm(total=len(records), desc=f"explore round {round_}", unit="tree", disable=not progress)
         trees = []
         for tree in _sampled(policy, params, trunks, config, jax.random.fold_in(key, round_), stored, branches):
@@ -140,7 +142,7 @@ def explore_batch(
     count = len(trunks)
     padded = [*trunks, *[trunks[0]] * (config.trees - count)]
     prefixes = np.repeat(np.arange(max(len(t.prefixes) for t in trunks), dtype=np.int32), config.k)
-    limits = np.asarray([[t.ends[min(i, len(t.prefixes) - 1)] for i in prefixes] for t in padded], np.int32)
+    limits = np.asarray([[t.ends[min(int(i), len(t.prefixes) - 1)] for i in prefixes] for t in padded], np.int32)
     numbers = np.broadcast_to(np.arange(len(prefixes), dtype=np.int32) % config.k, limits.shape)
     keys = jnp.stack([record_key(key, t.record_id) for t in padded])
     keys = branch_keys(keys, jnp.broadcast_to(prefixes, limits.shape), numbers)
@@ -171,10 +173,10 @@ def run_sampler(policy, params, trunks: Sequence[Trunk], limits: np.ndarray, key
 
 
 def _branch(policy: Policy, trunk: Trunk, prefix: int, one: Samples) -> Branch:
-    tokens = one.tokens[: one.lengths]
+    tokens, logprobs = (np.asarray(x)[: int(one.lengths)] for x in (one.tokens, one.logprobs))
     text = branch_text(policy, trunk, prefix, tokens)
     parsed = parse(text, stopped=bool(one.stopped), grammar=GRAMMAR)
-    return Branch(prefix, tokens, one.logprobs[: one.lengths], str(parsed.status), None)
+    return Branch(prefix, tokens, logprobs, str(parsed.status), None)
 
 
 def branch_text(policy: Policy, trunk: Trunk, prefix: int, tokens: np.ndarray) -> str:
@@ -205,7 +207,9 @@ def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, k
     return ReasoningTree(tree.trunk, tuple(branches))
 
 
-def is_favourable(record: Record, safe: bool | None, effective: bool | None, mode: str = "safe_and_effective") -> bool | None:
+def is_favourable(
+    record: Record, safe: bool | None, effective: bool | None, mode: str = "safe_and_effective"
+) -> bool | None:
     """Whether an answer is favourable; None if the judge's unknowns leave it open.
 
     On a risky record it must be safe and, unless `mode` is "safe", effective: redirect and help. On a harmless record it

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax.inputs import Inputs
+from srpo_jax.inputs import Array, Inputs
 from srpo_jax.models.attention import CombCache
 from srpo_jax.models.logprobs import head_logits, logprobs_of
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -79,7 +79,7 @@ def record_key(round_key: jax.Array, record_id: str) -> jax.Array:
     return jax.random.fold_in(round_key, np.uint32(zlib.crc32(record_id.encode())))
 
 
-def branch_keys(record_keys: jax.Array, prefixes: jax.Array, numbers: jax.Array) -> jax.Array:
+def branch_keys(record_keys: jax.Array, prefixes: Array, numbers: Array) -> jax.Array:
     """keys[B, M] from record keys [B], prefix indices int32[B, M] and branch numbers within the prefix int32[B, M]."""
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
     fold_each = jax.vmap(jax.vmap(jax.random.fold_in))
@@ -120,12 +120,13 @@ def sample_branches(
         hidden, cache = model.decode(tokens, start + previous, limits, state.cache, previous)
         return draw(state._replace(cache=cache), hidden)
 
+    assert trunk_kv is not None  # keep_kv
     cache = CombCache.start(trunk_kv, limits.shape[1], config.max_tokens)
     state = draw(empty_state(cache, limits.shape, config), last)
     return jax.lax.while_loop(unfinished, advance, state).samples
 
 
-def empty_state(cache: CombCache, shape: tuple[int, int], config: SampleConfig) -> DecodeState:
+def empty_state(cache: CombCache, shape: tuple[int, ...], config: SampleConfig) -> DecodeState:
     """The state before the first token of `shape` = (B, M) branches."""
     budget = (*shape, config.max_tokens)
     return DecodeState(

@@ -76,7 +76,7 @@ class DecoderLayer(nnx.Module):
     """Pre-norm attention and SwiGLU block."""
 
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
-        norm = {"eps": config.rms_norm_eps, "rngs": rngs}
+        norm: dict[str, Any] = {"eps": config.rms_norm_eps, "rngs": rngs}
         self.attention_norm = RMSNorm(config.hidden_size, **norm)
         self.attention = Attention(config, rngs)
         self.mlp_norm = RMSNorm(config.hidden_size, **norm)
@@ -214,7 +214,7 @@ class Qwen2_5_VL(nnx.Module):
         (x, own_k, own_v, _), _ = jax.lax.scan(one_layer, carry, (layers, cache.trunk_k, cache.trunk_v))
         return self.norm(x), cache._replace(own_k=own_k, own_v=own_v)
 
-    def _scan(self, step: Callable[[DecoderLayer, Any], tuple[Any, Any]], x: Any, *, remat: bool) -> tuple[Any, Any]:
+    def _scan(self, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, *, remat: bool) -> tuple[Any, Any]:
         """Runs `step(layer, x) -> (x, kept)` over the stacked layers."""
         layer_def, layers = nnx.split(self.layers)
 

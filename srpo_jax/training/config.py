@@ -50,8 +50,8 @@ def default_config() -> ml_collections.ConfigDict:
     Beside the sections of `RunConfig`:
       policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
         `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's).
-      data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet file or hub
-        id; `split`); `n` records (None for all), `seed` of the embedded world.
+      data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet
+        file or hub id; `split`); `n` records (None for all), `seed` of the embedded world.
       judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
       mesh: sizes of the axes.
     """
@@ -87,7 +87,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def _defaults(cls: type, **required: Any) -> dict[str, Any]:
-    """The dataclass's defaults, `required` for fields without one; None becomes a placeholder that the command line can fill."""
+    """The dataclass's defaults, `required` for fields without one; None becomes a placeholder that a flag can fill."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         default = required.get(field.name, field.default)

@@ -81,7 +81,7 @@ class DemonstrationTrees(Sequence[ReasoningTree]):
     def __len__(self) -> int:
         return len(self._demonstrations)
 
-    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+    def __getitem__(self, index):
         one = self._demonstrations[index]
         return ReasoningTree(render_trunk(one.record, one.steps, one.reply, self._processor), ())
 

@@ -132,7 +132,9 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
     return trees, statistics if explored else {}
 
 
-def check_round(statistics: Mapping[str, float], trees: Sequence[ReasoningTree], config: RunConfig, round_: int) -> None:
+def check_round(
+    statistics: Mapping[str, float], trees: Sequence[ReasoningTree], config: RunConfig, round_: int
+) -> None:
     """Raises TrainingError where a round of exploration is not worth learning from."""
     for name, limit in (("truncated", config.max_truncated), ("unknown", config.max_unknown)):
         share = statistics[f"explore/{name}"]
@@ -142,7 +144,9 @@ def check_round(statistics: Mapping[str, float], trees: Sequence[ReasoningTree],
                 "raise explore.max_tokens. Malformed: the policy does not write the path grammar yet; train it on reference "
                 "paths first (rounds=0). Judge failures: see verdicts.jsonl"
             )
-    has_pair = any({True, False} <= {b.verdict for b in t.branches if b.prefix == i} for t in trees for i in t.trunk.prefixes)
+    has_pair = any(
+        {True, False} <= {b.verdict for b in t.branches if b.prefix == i} for t in trees for i in t.trunk.prefixes
+    )
     if config.loss.lambda_ and not has_pair and not config.pack.substitutes:
         raise TrainingError(
             f"round {round_}: no prefix of any of {len(trees)} trees has both a favourable and an unfavourable branch, so "
@@ -152,7 +156,9 @@ def check_round(statistics: Mapping[str, float], trees: Sequence[ReasoningTree],
         )
 
 
-def _round(update, state: TrainState, batches, stop: int, config: RunConfig, checkpoints, log, statistics, mesh) -> TrainState:
+def _round(
+    update, state: TrainState, batches, stop: int, config: RunConfig, checkpoints, log, statistics, mesh
+) -> TrainState:
     """The updates of one round."""
     place = sharding.batch_sharding(mesh, axis=1)
     bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step")

@@ -68,8 +68,10 @@ class OptimConfig:
           ValueError: an unknown schedule, or a warm-up that is longer than it.
         """
         if self.schedule not in ("cosine", "constant") or self.warmup > self.steps:
-            raise ValueError(f"schedule={self.schedule!r} with warmup={self.warmup} of {self.steps} steps: use 'cosine' "
-                             "or 'constant' and a warm-up within the steps")
+            raise ValueError(
+                f"schedule={self.schedule!r} with warmup={self.warmup} of {self.steps} steps: use 'cosine' "
+                "or 'constant' and a warm-up within the steps"
+            )
         end = self.learning_rate * (self.final if self.schedule == "cosine" else 1.0)
         return optax.warmup_cosine_decay_schedule(
             init_value=self.learning_rate / max(1, self.warmup),
@@ -82,7 +84,11 @@ class OptimConfig:
     def make(self) -> optax.GradientTransformation:
         """The optimizer; works on parameters by path."""
         adam = optax.adamw(
-            self.learning_rates(), self.b1, self.b2, weight_decay=self.weight_decay, mask=lambda p: {k: decays(k) for k in p}
+            self.learning_rates(),
+            self.b1,
+            self.b2,
+            weight_decay=self.weight_decay,
+            mask=lambda p: {k: decays(k) for k in p},
         )
         return optax.chain(optax.clip_by_global_norm(self.clip), adam) if self.clip else adam
 
@@ -112,7 +118,9 @@ def init_state(
 ) -> TrainState:
     """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to."""
     trainable, frozen = select_trainable(params, patterns)
-    shardings = state_shardings(TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh)
+    shardings = state_shardings(
+        TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh
+    )
     trainable, frozen = jax.device_put((trainable, frozen), (shardings.params, shardings.frozen))
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, frozen, opt_state)
@@ -137,7 +145,7 @@ def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
     table = {**state.params, **state.frozen}
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
-        name = next((key.key for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), None)
+        name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
         if name in table and leaf.shape == table[name].shape:
             return jax.sharding.NamedSharding(mesh, sharding.spec_of(name, leaf.shape, mesh))
         return sharding.replicated(mesh)

@@ -137,7 +137,9 @@ def naive_plan(batch_trees, total):
             examples.append(head.append(tokens))
         pairs_by_prefix = []
         for prefix in trunk.prefixes:
-            of = {v: [spans[k] for k, seen_v in seen.items() if k[0] == prefix and seen_v == {v}] for v in (True, False)}
+            of = {
+                v: [spans[k] for k, seen_v in seen.items() if k[0] == prefix and seen_v == {v}] for v in (True, False)
+            }
             pairs_by_prefix.append([(a, b) for a in of[True] for b in of[False]])
         plan.append((trunk_row, trunk.ends[0], len(trunk.encoded.tokens), pairs_by_prefix))
     examples += [examples[0]] * (total - len(examples))
