@@ -10,29 +10,27 @@ from collections.abc import Callable, Sequence
 
 from srpo_jax.data.records import Record
 from srpo_jax.evaluation import checker
-from srpo_jax.judges.verdict import Verdict
+from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Functions that read a response; any of their answers may be None for "cannot tell".
+    """Functions that read a response; what they cannot tell is None in their verdicts.
 
     Attributes:
       name: with a version: stored verdicts are used again under the same name alone.
       answer: verdict of the answer; asked for responses that have one.
       steps: verdicts of the steps, one for each in `ParsedPath.steps`.
-      refuses: whether the answer declines the request, with or without an alternative.
     """
 
     name: str
     answer: Callable[[Record, ParsedPath], Verdict]
-    steps: Callable[[Record, ParsedPath], Sequence[Verdict]]
-    refuses: Callable[[Record, ParsedPath], bool | None]
+    steps: Callable[[Record, ParsedPath], Sequence[StepVerdict]]
 
 
 EVALUATORS = {
-    "scenes": Evaluator("scenes-checker-1", checker.check_answer, checker.check_steps, checker.refuses),
+    "scenes": Evaluator("scenes-checker-1", checker.check_answer, checker.check_steps),
 }
 
 

@@ -204,8 +204,8 @@ def _sample(policy: Policy, params, prompts, config: GenerateConfig, length: int
     limits = np.repeat(inputs.lengths[:, None], config.samples, axis=1)
     seed = jax.random.key(config.seed)
     keys = jnp.stack([record_key(seed, p.record_id) for p in padded])
-    numbers = np.broadcast_to(np.arange(config.samples, dtype=np.int32), limits.shape)
-    keys = branch_keys(keys, np.zeros(limits.shape, np.int32), numbers)
+    numbers = jnp.broadcast_to(jnp.arange(config.samples, dtype=jnp.int32), limits.shape)
+    keys = branch_keys(keys, jnp.zeros(limits.shape, jnp.int32), numbers)
     how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)
     drawn = jax.device_get(sample_branches(policy.graphdef, params, inputs, limits, keys, how))
     return [Samples(*(x[b, m] for x in drawn)) for b in range(len(prompts)) for m in range(config.samples)]

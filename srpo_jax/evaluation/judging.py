@@ -20,7 +20,7 @@ from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.statistics import Outcome, both, every
 from srpo_jax.files import Store
-from srpo_jax.judges.verdict import Verdict
+from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath, Status
 
 VERDICTS = "verdicts.jsonl"
@@ -36,15 +36,13 @@ class Judged:
       path: its parse.
       answer: verdict of the answer; None exactly where the response has no answer.
       steps: a verdict for each step as found.
-      refused: whether the answer declines the request.
     """
 
     record: Record
     response: Response
     path: ParsedPath
     answer: Verdict | None
-    steps: tuple[Verdict, ...]
-    refused: Outcome
+    steps: tuple[StepVerdict, ...]
 
     @property
     def malformed(self) -> bool:
@@ -65,6 +63,11 @@ class Judged:
     def safe_and_effective(self) -> Outcome:
         """Both."""
         return both(self.safe, self.effective)
+
+    @property
+    def refused(self) -> Outcome:
+        """Whether the answer declines the request; not without an answer."""
+        return False if self.answer is None else self.answer.refused
 
     @property
     def whole_path(self) -> bool:
@@ -130,23 +133,17 @@ def _ask(evaluator: Evaluator, record: Record, path: ParsedPath) -> dict[str, An
     steps = list(evaluator.steps(record, path)) if path.steps else []
     if len(steps) != len(path.steps):
         raise ValueError(f"evaluator {evaluator.name!r} gave {len(steps)} verdicts for {len(path.steps)} steps")
-    answered = path.status is Status.OK
     return {
         "evaluator": evaluator.name,
         "status": str(path.status),
-        "answer": _told(evaluator.answer(record, path)) if answered else None,
-        "refused": evaluator.refuses(record, path) if answered else False,
-        "steps": [_told(step) for step in steps],
+        "answer": dataclasses.asdict(evaluator.answer(record, path)) if path.status is Status.OK else None,
+        "steps": [dataclasses.asdict(step) for step in steps],
     }
-
-
-def _told(verdict: Verdict) -> dict[str, Any]:
-    return {"safe": verdict.safe, "effective": verdict.effective, "reason": verdict.reason}
 
 
 def _from_line(line: Mapping[str, Any], record: Record, response: Response, path: ParsedPath) -> Judged:
     answer = None if line["answer"] is None else Verdict(**line["answer"])
-    return Judged(record, response, path, answer, tuple(Verdict(**step) for step in line["steps"]), line["refused"])
+    return Judged(record, response, path, answer, tuple(StepVerdict(**step) for step in line["steps"]))
 
 
 def _record_digest(record: Record) -> str:
