@@ -1,0 +1,51 @@
+"""Explores branches of reference paths with a policy and judges them; resumes by itself.
+
+python scripts/explore.py --config=configs/quickstart.py --workdir=runs/trees [--checkpoint=runs/srpo]
+
+Writes branches.jsonl and verdicts.jsonl to the work directory and prints what the branches are like, by prefix.
+"""
+
+import json
+
+import jax
+from absl import app, flags
+from ml_collections import config_flags
+
+import srpo_jax as sx
+from srpo_jax.exploration.explorer import exploration_statistics
+from srpo_jax.training import config as configs
+from srpo_jax.training.workdir import open_workdir
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to explore.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep the trees; the same command resumes.", required=True)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder or training run; default: config.policy.")
+
+
+def main(_):
+    config = CONFIG.value
+    if CHECKPOINT.value:
+        with config.unlocked():
+            config.policy.path = CHECKPOINT.value  # so that the work directory remembers whose branches it holds
+    workdir = open_workdir(WORKDIR.value, config)
+    policy = sx.load_policy(configs.policy_path(config.policy.path))
+    records = configs.build_records(config)
+    run = configs.run_config(config)
+    trees = sx.explore(
+        policy,
+        policy.params,
+        records,
+        run.explore,
+        configs.build_judge(config),
+        jax.random.key(run.seed),
+        folder=workdir / "trees",
+    )
+    statistics = exploration_statistics(trees, {record.id: record.risky for record in records})
+    print(json.dumps(statistics, indent=2))
+    print("prefix  branches  favourable")
+    for prefix in trees[0].trunk.prefixes:
+        verdicts = [b.verdict for tree in trees for b in tree.branches if b.prefix == prefix and b.verdict is not None]
+        print(f"{prefix:6d}  {len(verdicts):8d}  {sum(verdicts) / max(1, len(verdicts)):10.1%}")
+
+
+if __name__ == "__main__":
+    app.run(main)

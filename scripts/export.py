@@ -1,0 +1,25 @@
+"""Writes the policy of a training run as a Hugging Face folder that transformers loads.
+
+python scripts/export.py --checkpoint=runs/srpo --output=runs/srpo-hf [--step=64] [--dtype=bfloat16]
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+
+from srpo_jax.training.runs import load_run
+
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights in the file.")
+
+
+def main(_):
+    policy, step = load_run(CHECKPOINT.value, STEP.value)
+    policy.save(OUTPUT.value, jax.tree.map(lambda x: x.astype(jnp.dtype(DTYPE.value)), policy.params))
+    logging.info("wrote step %d of %s to %s", step, CHECKPOINT.value, OUTPUT.value)
+
+
+if __name__ == "__main__":
+    app.run(main)
