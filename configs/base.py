@@ -1,6 +1,6 @@
 """The recipe of the embedded base policy; see scripts/make_base_policy.py, which runs it."""
 
-from srpo_jax.training.config import default_config
+from srpo_jax.config import default_config
 
 
 def get_config():

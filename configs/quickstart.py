@@ -5,7 +5,7 @@
 `make quickstart` runs it beside SFT on the same trunks (`--config.loss.lambda_=0 --config.rounds=0`) and prints the table.
 """
 
-from srpo_jax.training.config import default_config
+from srpo_jax.config import default_config
 
 
 def get_config():
@@ -20,4 +20,5 @@ def get_config():
     config.rounds = 1
     config.updates = 64
     config.checkpoint_every = 32
+    config.eval.update(n=400, max_tokens=100, batch=200, trunk=(64,), patches=(64,))
     return config

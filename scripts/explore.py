@@ -12,8 +12,8 @@ from absl import app, flags
 from ml_collections import config_flags
 
 import srpo_jax as sx
+from srpo_jax import config as configs
 from srpo_jax.exploration.explorer import exploration_statistics
-from srpo_jax.training import config as configs
 from srpo_jax.training.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to explore.", lock_config=True)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 
-from srpo_jax.training.runs import load_run
+from srpo_jax.runs import load_run
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)

@@ -15,12 +15,12 @@ from absl import app, flags
 from ml_collections import config_flags
 from transformers import Qwen2VLImageProcessorPil
 
+from srpo_jax import config as configs
 from srpo_jax.data.world.demonstrations import Demonstrations
 from srpo_jax.data.world.tokenizer import build_tokenizer
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.policy import Policy, init_policy
 from srpo_jax.models.processor import Processor
-from srpo_jax.training import config as configs
 from srpo_jax.training.data import DemonstrationTrees
 from srpo_jax.training.loop import train
 from srpo_jax.training.workdir import open_workdir

@@ -6,7 +6,7 @@ python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo [--co
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from srpo_jax.training import config as configs
+from srpo_jax import config as configs
 from srpo_jax.training.loop import train
 from srpo_jax.training.workdir import open_workdir
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from srpo_jax.models import policy as policies
 from srpo_jax.models.policy import Policy
-from srpo_jax.training.runs import is_run, load_run
+from srpo_jax.runs import is_run, load_run
 from srpo_jax.training.step import ComputeConfig, LossConfig
 from srpo_jax.training.step import srpo_loss as question_losses
 from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees

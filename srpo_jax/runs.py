@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import ml_collections
 
+from srpo_jax import config as configs
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.models.hf import param_shapes, read_config
 from srpo_jax.models.policy import Policy
-from srpo_jax.training import config as configs
 from srpo_jax.training.state import abstract_state
 from srpo_jax.training.workdir import CONFIG_FILE
 
