@@ -59,7 +59,11 @@ def as_trees(trunks, samples, prefixes):
             trunk,
             tuple(
                 trees.Branch(
-                    int(i), samples.tokens[row, m, : samples.lengths[row, m]], samples.logprobs[row, m], "ok", bool(m % 2)
+                    int(i),
+                    samples.tokens[row, m, : samples.lengths[row, m]],
+                    samples.logprobs[row, m],
+                    "ok",
+                    bool(m % 2),
                 )
                 for m, i in enumerate(prefixes)
             ),
@@ -100,7 +104,7 @@ def test_another_key_or_record_gives_other_branches(policy):
 def test_greedy_takes_the_best_token_and_stops_at_end_of_turn(policy):
     graphdef, params = policy
     trunk = make_trunk(0)
-    samples, prefixes = sample(policy, [trunk, trunk], SampleConfig(BUDGET, EOS, temperature=0.0))
+    samples, _ = sample(policy, [trunk, trunk], SampleConfig(BUDGET, EOS, temperature=0.0))
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
     e = trunk.encoded
     head = Encoded(e.tokens[: ENDS[0]], e.positions[:, : ENDS[0]], e.image_slots[: ENDS[0]], e.vision)

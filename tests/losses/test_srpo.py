@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from srpo_jax import losses
-module = importlib.import_module("srpo_jax.losses.srpo")  # the package gives its function this name
 from srpo_jax.trees import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs
+
+module = importlib.import_module("srpo_jax.losses.srpo")  # the package gives its function this name
 
 A, M, L, PREFIXES = 9, 8, 6, 3
 
@@ -27,13 +28,19 @@ def questions(draw):
         scale = draw(st.sampled_from([1.0, 1.0, 1e-2, 1e-7]))
         verdict = draw(st.sampled_from([FAVOURABLE, UNFAVOURABLE, UNKNOWN]))
         # Few distinct tokens, so that openings are often shared.
-        branches.append((draw(st.integers(0, PREFIXES - 1)), verdict, rng.integers(0, 2, n), -scale * rng.exponential(size=n)))
+        branches.append(
+            (draw(st.integers(0, PREFIXES - 1)), verdict, rng.integers(0, 2, n), -scale * rng.exponential(size=n))
+        )
     return path, branches
 
 
 def arrays(path, branches):
     prefixes = np.full(M, -1)
-    lengths, tokens, logprobs = np.zeros(M, int), np.zeros((M, L), int), np.full((M, L), np.nan)  # NaN: padding must not leak
+    lengths, tokens, logprobs = (
+        np.zeros(M, int),
+        np.zeros((M, L), int),
+        np.full((M, L), np.nan),
+    )  # NaN: padding must not leak
     verdicts = np.full(M, UNKNOWN)
     for m, (prefix, verdict, toks, values) in enumerate(branches):
         prefixes[m], verdicts[m], lengths[m] = prefix, verdict, len(toks)
@@ -143,7 +150,10 @@ def test_log_odds_is_exact_clamped_and_flat_beyond_the_clamp():
 
 def test_a_favourable_branch_is_raised_and_an_unfavourable_one_lowered():
     data = losses.BranchLogprobs(
-        jnp.full((1, 2, 3), -0.5), jnp.full((1, 2), 3), jnp.zeros((1, 2), int), jnp.asarray([[[False, True], [False, False]]])
+        jnp.full((1, 2, 3), -0.5),
+        jnp.full((1, 2), 3),
+        jnp.zeros((1, 2), int),
+        jnp.asarray([[[False, True], [False, False]]]),
     )
     grad = jax.grad(lambda x: losses.srpo(jnp.zeros((1, 1)), jnp.ones((1,), int), data._replace(logprobs=x))[0].sum())
     plus, minus = grad(data.logprobs)[0]
@@ -154,11 +164,12 @@ def test_a_favourable_branch_is_raised_and_an_unfavourable_one_lowered():
 def test_prefixes_with_a_pair_weigh_the_same_and_one_sided_prefixes_nothing():
     verdicts = [1, 0, 0, 1, 0, 1, -1]
     prefixes = np.asarray([0, 0, 0, 1, 1, 2, 2])
-    weights = np.asarray(module.pair_weights(jnp.asarray(select_pairs(prefixes, verdicts))[None], jnp.asarray(prefixes)[None])[0])
+    pairs = jnp.asarray(select_pairs(prefixes, verdicts))[None]
+    weights = np.asarray(module.pair_weights(pairs, jnp.asarray(prefixes)[None])[0])
     assert weights.sum(axis=1).tolist() == pytest.approx([0.5, 0, 0, 0.5, 0, 0, 0])
 
 
 @pytest.mark.parametrize("options", [{"reference": "prompt"}, {"balance": "token"}, {"reference": "favourable"}])
 def test_unknown_options_are_refused(options):
-    with pytest.raises(ValueError, match="use '|needs prefix_lengths"):
+    with pytest.raises(ValueError, match=r"use '|needs prefix_lengths"):
         losses.srpo(*arrays([-1.0], []), **options)
