@@ -23,15 +23,16 @@ ifeq ($(KEY),)
 $(error $(PYTHON) does not run; name a Python of 3.11 or newer with PYTHON=...)
 endif
 
-# XLA compiles the same small programs in every test process: keep them on disk. Tests never touch an accelerator.
-TEST_ENV := JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
-	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0 \
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# XLA compiles the same programs in every process: keep them on disk.
+CACHE_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
+	JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=0
+# Tests never touch an accelerator or a hub.
+TEST_ENV := $(CACHE_ENV) JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .PHONY: quickstart test test-all lint format bench clean
 
 quickstart: $(VENV)/installed-run-$(KEY)
-	$(BIN)/python scripts/quickstart.py $(ARGS)
+	$(CACHE_ENV) $(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(VENV)/installed-dev-$(KEY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(ARGS)
