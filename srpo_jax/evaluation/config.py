@@ -1,0 +1,108 @@
+"""From the `eval` section of an `ml_collections` configuration to benchmark, evaluator and decodings."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from ml_collections.config_dict import placeholder
+
+from srpo_jax.data import loaders, scenes
+from srpo_jax.data.records import Record
+from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
+from srpo_jax.evaluation.generate import GenerateConfig
+
+HELD_OUT = ("test_id", "combination", "rendering", "wording")
+
+
+class EvalConfigError(ValueError):
+    """An `eval` section that cannot be used; names the field."""
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """All fields of the section with their defaults.
+
+    Fields:
+      name: "scenes" (the embedded world), "jsonl" or "datasets".
+      path: of the JSONL file; saved folder, Parquet file or hub id of a data set.
+      images: image folder of "jsonl"; the file's own folder if empty.
+      splits: of the embedded world or of the data set.
+      n: records per split (of the embedded world an even number); None for all.
+      data_seed: of the embedded world.
+      evaluator: "package.module:NAME" of an `Evaluator`; empty for the data set's own.
+      temperatures: one evaluation each; 0 is greedy.
+      samples: responses per prompt at temperatures above 0.
+      max_tokens, batch, trunk, patches, seed: see `GenerateConfig`.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    config = ml_collections.ConfigDict()
+    config.update(name="scenes", path="", images="", splits=HELD_OUT, n=placeholder(int), data_seed=0, evaluator="")
+    config.update(temperatures=(0.0, 1.0), patches=placeholder(tuple))
+    config.update({name: defaults[name] for name in ("samples", "max_tokens", "batch", "trunk", "seed")})
+    return config
+
+
+def decodings(config: ml_collections.ConfigDict) -> list[GenerateConfig]:
+    """How to sample, one entry per temperature; greedy decoding takes one sample.
+
+    Raises:
+      EvalConfigError: no temperature, or a field that `GenerateConfig` refuses.
+    """
+    if not config.temperatures:
+        raise EvalConfigError("config.eval.temperatures is empty; name at least one (0 is greedy)")
+    shared: dict[str, Any] = {name: config[name] for name in ("max_tokens", "batch", "seed")}
+    shared["trunk"] = tuple(config.trunk)
+    shared["patches"] = None if config.patches is None else tuple(config.patches)
+    try:
+        return [
+            GenerateConfig(temperature=float(t), samples=config.samples if t else 1, **shared)
+            for t in config.temperatures
+        ]
+    except ValueError as error:
+        raise EvalConfigError(f"config.eval: {error}") from error
+
+
+def build_benchmark(config: ml_collections.ConfigDict) -> list[Record]:
+    """The records of the section, split by split.
+
+    Raises:
+      EvalConfigError: an unknown data set, or a missing path.
+      ValueError: broken records or an unknown split; names them.
+    """
+    if config.name == "scenes":
+        return [r for split in config.splits for r in scenes.records(split, config.n, config.data_seed)]
+    if config.name not in ("jsonl", "datasets") or not config.path:
+        raise EvalConfigError(
+            f"config.eval.name={config.name!r}, path={config.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
+        )
+    if config.name == "jsonl":
+        return loaders.load_jsonl(config.path, config.images or Path(config.path).parent, check_images=True)[: config.n]
+    return [r for split in config.splits for r in loaders.load_hf(config.path, split, check_images=True)[: config.n]]
+
+
+def build_evaluator(config: ml_collections.ConfigDict) -> Evaluator:
+    """The evaluator that the section names, or that of its data set.
+
+    Raises:
+      EvalConfigError: it is none, or the data set has none of its own.
+    """
+    if not config.evaluator:
+        try:
+            return evaluator_for(config.name)
+        except ValueError as error:
+            raise EvalConfigError(f"config.eval.evaluator is empty: {error}") from error
+    module, _, name = config.evaluator.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise EvalConfigError(
+            f"config.eval.evaluator={config.evaluator!r} is no 'package.module:NAME' ({error})"
+        ) from error
+    if not isinstance(found, Evaluator):
+        raise EvalConfigError(
+            f"config.eval.evaluator={config.evaluator!r} is a {type(found).__name__}, not an Evaluator"
+        )
+    return found
