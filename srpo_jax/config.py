@@ -18,7 +18,7 @@ from ml_collections.config_dict import placeholder
 from srpo_jax import sharding
 from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
-from srpo_jax.evaluation.generate import GenerateConfig
+from srpo_jax.evaluation import config as evaluation
 from srpo_jax.exploration.explorer import ExploreConfig, Judge
 from srpo_jax.judges import rules
 from srpo_jax.models.hf import param_shapes, read_config
@@ -55,8 +55,7 @@ def default_config() -> ml_collections.ConfigDict:
         file or hub id; `split`); `n` records (None for all), `seed` of the embedded world.
       judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
       mesh: sizes of the axes.
-      eval: `splits` of the embedded world with `n` prompts each (half risky), `temperatures` (0 is greedy), and the fields of
-        `evaluation.generate.GenerateConfig`.
+      eval: see `evaluation.config.default_config`.
     """
     config = ml_collections.ConfigDict()
     config.policy = {
@@ -83,17 +82,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
     config.batch = _defaults(BatchConfig, trees=8)
     config.compute = _defaults(ComputeConfig)
-    config.eval = {
-        "splits": ("test_id", "combination", "rendering", "wording"),
-        "n": 800,
-        "temperatures": (0.0, 1.0),
-        "samples": 1,
-        "max_tokens": 1024,
-        "batch": 64,
-        "trunk": (256, 512, 1024, 2048),
-        "patches": placeholder(tuple),
-        "seed": 0,
-    }
+    config.eval = evaluation.default_config()
     for field in dataclasses.fields(RunConfig):
         if field.name not in SECTIONS:
             config[field.name] = field.default
@@ -133,17 +122,6 @@ def _section(config: ml_collections.ConfigDict, name: str, cls: type, **override
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"config.{name}: {error}") from error
-
-
-def eval_decodings(config: ml_collections.ConfigDict) -> list[GenerateConfig]:
-    """The decodings of `config.eval`, one per temperature; greedy decoding takes one sample."""
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.eval.items()}
-    temperatures = values.pop("temperatures")
-    fields = {k: v for k, v in values.items() if k not in ("splits", "n")}
-    try:
-        return [GenerateConfig(t, **fields | ({"samples": 1} if t == 0 else {})) for t in temperatures]
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.eval: {error}") from error
 
 
 def build_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
