@@ -12,9 +12,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from srpo_jax import config as configs
-from srpo_jax.data import scenes
+from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
-from srpo_jax.evaluation.evaluators import evaluator_for
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.results import add_result, render
 from srpo_jax.training.loop import train
@@ -33,13 +32,13 @@ def main(_):
     mesh = configs.build_mesh(base)
     policy = configs.build_policy(base, mesh)
     records = configs.build_records(base)
-    tests = [record for split in base.eval.splits for record in scenes.records(split, base.eval.n, base.data.seed)]
+    tests = evaluation.build_benchmark(base.eval)
     prompts = encode_prompts(tests, policy.processor)
-    evaluator = evaluator_for("scenes")
+    evaluator = evaluation.build_evaluator(base.eval)
     references = reference_rows(tests, evaluator)
 
     def report(name, params, step):
-        for decoding in configs.eval_decodings(base):
+        for decoding in evaluation.decodings(base.eval):
             entry = evaluate(
                 policy,
                 params,
