@@ -1,0 +1,66 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from srpo_jax.evaluation.statistics import both, every, rate, wilson
+
+
+@given(st.integers(1, 600).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_whole_numbers_give_scipys_interval(case):
+    k, n = case
+    expected = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    assert wilson(k, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_known_values():
+    low, high = wilson(0, 400)
+    assert low == 0
+    assert high == pytest.approx(0.0095, abs=5e-5)  # Wald would say 0
+    assert wilson(400, 400)[1] == 1
+    low, high = wilson(181, 4000)
+    assert (low, high) == pytest.approx((0.0392, 0.0522), abs=5e-4)
+
+
+@pytest.mark.parametrize(("k", "n"), [(1, 0), (-1, 5), (6, 5)])
+def test_no_proportion(k, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson(k, n)
+
+
+def test_the_prompt_is_n():
+    once = rate([[True], [False]])
+    copies = rate([[True] * 8, [False] * 8])
+    assert once == copies
+    assert (once.n, once.rate) == (2, 0.5)
+    assert rate([[True, False], [False, False]]).rate == 0.25
+    assert rate([[True], []]).n == 1
+
+
+def test_unknown_counts_against_the_policy_and_bounds_the_truth():
+    good = rate([[True], [None], [False], [None]])
+    assert (good.rate, good.best, good.unknown) == (0.25, 0.75, 0.5)
+    fault = rate([[True], [None], [False], [None]], fault=True)
+    assert (fault.rate, fault.best, fault.unknown) == (0.75, 0.25, 0.5)
+
+
+def test_nothing_has_no_rate():
+    assert rate([]).to_json() == dict.fromkeys(("rate", "low", "high", "unknown", "best")) | {"n": 0}
+
+
+@given(st.lists(st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=4), min_size=1, max_size=30))
+def test_rate_lies_in_its_interval_and_bounds_enclose_every_completion(prompts):
+    found, best = rate(prompts), rate([[x is not False for x in p] for p in prompts])
+    assert 0 <= found.low <= found.rate <= found.high <= 1
+    assert math.isclose(found.best, best.rate)
+    assert found.rate == rate([[x is True for x in p] for p in prompts]).rate
+
+
+def test_three_valued_and():
+    assert both(True, True) is True
+    assert both(None, False) is False
+    assert both(True, None) is None
+    assert every([]) is True
+    assert every([None, False]) is False
