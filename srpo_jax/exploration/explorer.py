@@ -7,6 +7,7 @@ A folder of exploration holds two append-only files. `branches.jsonl` has one li
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,7 @@ class Verdict(Protocol):
 
 
 Judge = Callable[[Record, ParsedPath], Verdict]
+"""What it cannot tell it says with None. If it raises, exploration stops; the verdicts so far are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +101,12 @@ def explore(
 
     Raises:
       ValueError: duplicate record ids, a record that does not fit, or a folder explored from other records.
+      TypeError: a judge that returns something else than a verdict.
     """
     by_id = {record.id: record for record in records}
     if len(by_id) != len(records):
-        raise ValueError("record ids are not unique: exploration keys trees by id")
+        twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
+        raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
     trunks = [make_trunk(record, policy.processor) for record in records]
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
@@ -127,12 +131,22 @@ def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: 
     for start in range(0, len(trunks), config.trees):
         batch = trunks[start : start + config.trees]
         if all(trunk.record_id in stored for trunk in batch):
-            yield from (ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in batch)
+            yield from (_stored_tree(stored[trunk.record_id], trunk, config) for trunk in batch)
             continue
         for tree in explore_batch(policy, params, batch, config, key):
             if tree.trunk.record_id not in stored:
                 store.append(tree.to_json())
             yield tree
+
+
+def _stored_tree(line: Mapping[str, Any], trunk: Trunk, config: ExploreConfig) -> ReasoningTree:
+    tree = ReasoningTree.from_json(line, trunk)
+    if len(tree.branches) != config.k * len(trunk.prefixes):
+        raise ValueError(
+            f"the stored tree of record {trunk.record_id!r} has {len(tree.branches)} branches, k={config.k} asks for "
+            f"{config.k * len(trunk.prefixes)}; use another work directory"
+        )
+    return tree
 
 
 def explore_batch(
@@ -196,15 +210,30 @@ def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, k
             continue
         line = known.get((record.id, branch.prefix, number))
         if line is None:
-            text = branch_text(policy, tree.trunk, branch.prefix, branch.tokens)
-            verdict = judge(record, parse(text, stopped=True, grammar=GRAMMAR))
             line = {"record_id": record.id, "prefix": branch.prefix, "number": number}
-            line |= {"safe": verdict.safe, "effective": verdict.effective, "reason": verdict.reason}
+            path = parse(branch_text(policy, tree.trunk, branch.prefix, branch.tokens), stopped=True, grammar=GRAMMAR)
+            line |= _ask(judge, record, path, f"record {record.id!r}, prefix {branch.prefix}, branch {number}")
             store.append(line)
         good = is_favourable(record, line["safe"], line["effective"], config.favourable)
         status = JUDGE_FAILED if good is None else branch.status
         branches.append(dataclasses.replace(branch, verdict=good, status=status, reason=line["reason"]))
     return ReasoningTree(tree.trunk, tuple(branches))
+
+
+def _ask(judge: Judge, record: Record, path: ParsedPath, where: str) -> dict[str, Any]:
+    """The judge's verdict as a JSON object. Anything but True, False and None is refused: "no" is a true value."""
+    try:
+        verdict = judge(record, path)
+    except Exception as error:
+        error.add_note(f"The judge raised on {where}. Verdicts so far are kept; the same command asks on from here.")
+        raise
+    told = {name: getattr(verdict, name, "nothing") for name in ("safe", "effective", "reason")}
+    if not all(told[name] is None or isinstance(told[name], bool) for name in ("safe", "effective")):
+        raise TypeError(
+            f"the judge returned {verdict!r} on {where}; it must return a srpo_jax.judges.verdict.Verdict, whose safe and "
+            "effective are True, False or None (unknown)"
+        )
+    return told | {"reason": str(told["reason"])}
 
 
 def is_favourable(
@@ -215,9 +244,9 @@ def is_favourable(
     On a risky record it must be safe and, unless `mode` is "safe", effective: redirect and help. On a harmless record it
     must be effective: a needless refusal is unfavourable.
     """
-    if mode == "safe":
-        return safe
-    wanted = (safe, effective) if record.risky else (effective,)
+    wanted: tuple[bool | None, ...] = (effective,)
+    if record.risky:
+        wanted = (safe,) if mode == "safe" else (safe, effective)
     if any(x is False for x in wanted):
         return False
     return None if any(x is None for x in wanted) else True

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from tqdm import tqdm
@@ -25,12 +26,13 @@ from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, Judge, exploration_statistics, explore
 from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.files import Store
 from srpo_jax.models.policy import Policy
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.state import OptimConfig, TrainState, init_state
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
 from srpo_jax.training.workdir import MetricsLog
-from srpo_jax.trees import PackConfig, ReasoningTree
+from srpo_jax.trees import PackConfig, ReasoningTree, select_pairs, usable_branches
 
 
 class TrainingError(RuntimeError):
@@ -42,7 +44,7 @@ class RunConfig:
     """Everything that shapes a run besides policy, data and judge.
 
     Attributes:
-      seed: of sampling and of the order of questions.
+      seed: of sampling and, with `batch.seed`, of the order of questions.
       rounds: how often to explore with the newest policy; 0 trains on reference paths alone.
       updates: updates per round.
       checkpoint_every: updates between checkpoints; the end of a round is always saved.
@@ -104,7 +106,7 @@ def train(
                 if step >= stop:
                     continue
                 trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, explored=step == first)
-                batch = dataclasses.replace(config.batch, seed=config.batch.seed + round_)
+                batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 batches = step_batches(trees, config.pack, batch, step, stop, first)
                 state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
                 step = int(state.step)
@@ -117,19 +119,27 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
         if len(data) and isinstance(data[0], Record):
             data = [ReasoningTree(make_trunk(record, policy.processor), ()) for record in data]
         return data, {}
-    trees = explore(
-        policy,
-        state.all_params(),
-        data,
-        config.explore,
-        judge,
-        jax.random.key(config.seed),
-        round_=round_,
-        folder=workdir / "trees" / f"round_{round_:03d}",
-    )
+    folder = workdir / "trees" / f"round_{round_:03d}"
+    if not explored:
+        _check_complete(folder, data)
+    dtype = jnp.dtype(config.compute.dtype)
+    params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
+    key = jax.random.key(config.seed)
+    trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
     return trees, statistics if explored else {}
+
+
+def _check_complete(folder: Path, records: Sequence[Record]) -> None:
+    """Raises TrainingError where a round under way lacks trees: the parameters that explored them are gone."""
+    with Store.open(folder, "branches.jsonl") as store:
+        missing = {record.id for record in records} - {line["record_id"] for line in store.lines}
+    if missing:
+        raise TrainingError(
+            f"{folder} lacks the trees of {len(missing)} records ({sorted(missing)[:3]}), and the parameters that explored "
+            "them have been updated since; restore branches.jsonl or start a new work directory"
+        )
 
 
 def check_round(
@@ -144,16 +154,19 @@ def check_round(
                 "raise explore.max_tokens. Malformed: the policy does not write the path grammar yet; train it on reference "
                 "paths first (rounds=0). Judge failures: see verdicts.jsonl"
             )
-    has_pair = any(
-        {True, False} <= {b.verdict for b in t.branches if b.prefix == i} for t in trees for i in t.trunk.prefixes
-    )
-    if config.loss.lambda_ and not has_pair and not config.pack.substitutes:
+    if config.loss.lambda_ and not any(has_pair(tree, config.pack) for tree in trees):
         raise TrainingError(
             f"round {round_}: no prefix of any of {len(trees)} trees has both a favourable and an unfavourable branch, so "
             f"there is nothing to contrast (favourable: {statistics['explore/favourable_risky']:.1%} of risky, "
             f"{statistics['explore/favourable_harmless']:.1%} of harmless branches). Raise explore.k or "
             "explore.temperature, use other records, or train on references alone (rounds=0)"
         )
+
+
+def has_pair(tree: ReasoningTree, config: PackConfig) -> bool:
+    """Whether a prefix has a favourable and an unfavourable branch, as `pack_trees` counts them."""
+    branches, verdicts, _ = usable_branches(tree, config)
+    return bool(select_pairs([b.prefix for b in branches], verdicts, config.max_pairs).any())
 
 
 def _round(

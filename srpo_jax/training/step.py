@@ -97,6 +97,7 @@ def make_update(
         params = optax.apply_updates(state.params, updates)
         metrics = mean_metrics(jax.tree.map(lambda x: jnp.sum(x, axis=0), sums))
         metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["update_norm"] = optax.global_norm(updates)
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     shardings = state_shardings(state, mesh)
