@@ -2,40 +2,43 @@
 
 from srpo_jax.config import default_config
 
+MODEL = {
+    "text": {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_layers": 4,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 32,
+        "rope_theta": 10_000.0,
+        "mrope_section": (4, 6, 6),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 512,
+    },
+    "vision": {
+        "depth": 3,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_heads": 4,
+        "in_channels": 3,
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": (2,),
+        "out_hidden_size": 128,
+    },
+    "min_pixels": 28 * 28,
+    "max_pixels": 112 * 112,
+}
+
 
 def get_config():
     config = default_config()
-    config.model = {
-        "text": {
-            "vocab_size": 512,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_layers": 4,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 32,
-            "rope_theta": 10_000.0,
-            "mrope_section": (4, 6, 6),
-            "rms_norm_eps": 1e-6,
-            "tie_word_embeddings": True,
-            "max_position_embeddings": 512,
-        },
-        "vision": {
-            "depth": 3,
-            "hidden_size": 128,
-            "intermediate_size": 256,
-            "num_heads": 4,
-            "in_channels": 3,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "spatial_merge_size": 2,
-            "window_size": 56,
-            "fullatt_block_indexes": (2,),
-            "out_hidden_size": 128,
-        },
-        "min_pixels": 28 * 28,
-        "max_pixels": 112 * 112,
-    }
+    with config.unlocked():
+        config.model = MODEL
     config.data.n = 38_400
     config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(0,), branches=(0,), branch=(1,))
     config.batch.update(trees=32)

@@ -2,7 +2,7 @@
 
 python scripts/explore.py --config=configs/quickstart.py --workdir=runs/trees [--checkpoint=runs/srpo]
 
-Writes branches.jsonl and verdicts.jsonl to the work directory and prints what the branches are like, by prefix.
+Writes trees/branches.jsonl and trees/verdicts.jsonl to the work directory and prints what the branches are like, by prefix.
 """
 
 import json
@@ -14,6 +14,7 @@ from ml_collections import config_flags
 import srpo_jax as sx
 from srpo_jax import config as configs
 from srpo_jax.exploration.explorer import exploration_statistics
+from srpo_jax.runs import is_run, load_run
 from srpo_jax.training.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to explore.", lock_config=True)
@@ -24,10 +25,11 @@ CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Hugging Face folder or tra
 def main(_):
     config = CONFIG.value
     if CHECKPOINT.value:
-        with config.unlocked():
-            config.policy.path = CHECKPOINT.value  # so that the work directory remembers whose branches it holds
+        config.policy.path = CHECKPOINT.value  # so that the work directory remembers whose branches it holds
     workdir = open_workdir(WORKDIR.value, config)
-    policy = sx.load_policy(configs.policy_path(config.policy.path))
+    mesh = configs.build_mesh(config)
+    path = config.policy.path
+    policy = load_run(path, mesh=mesh)[0] if is_run(path) else configs.build_policy(config, mesh)
     records = configs.build_records(config)
     run = configs.run_config(config)
     trees = sx.explore(

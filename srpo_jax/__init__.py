@@ -20,7 +20,7 @@ _FACE = {
     "ReasoningTree": "srpo_jax.trees",
     "Record": "srpo_jax.data.records",
     "TreeBatch": "srpo_jax.trees",
-    "evaluate": "srpo_jax.evaluation",
+    "evaluate": "srpo_jax.evaluation.evaluate",
     "explore": "srpo_jax.exploration.explorer",
     "forward": "srpo_jax.models.policy",
     "load_policy": "srpo_jax.api",

@@ -20,6 +20,7 @@ from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.exploration.explorer import ExploreConfig, Judge
+from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges import rules
 from srpo_jax.models.hf import param_shapes, read_config
 from srpo_jax.models.policy import Policy, load_policy
@@ -46,7 +47,7 @@ class ConfigError(ValueError):
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """All fields with their defaults.
+    """All fields with their defaults, locked: a misspelt field raises where it is set.
 
     Beside the sections of `RunConfig`:
       policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
@@ -73,7 +74,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.optim = _defaults(OptimConfig, learning_rate=1e-5, steps=placeholder(int))
     config.pack = _defaults(
         PackConfig,
-        trunk=(256, 512, 1024, 2048),
+        trunk=(256, 512, 1024, 2048, 4096),
         path=(128, 256, 512, 1024),
         rows=(4, 8, 16, 24, 32),
         row=256,
@@ -86,7 +87,7 @@ def default_config() -> ml_collections.ConfigDict:
     for field in dataclasses.fields(RunConfig):
         if field.name not in SECTIONS:
             config[field.name] = field.default
-    return config
+    return config.lock()
 
 
 def _defaults(cls: type, **required: Any) -> dict[str, Any]:
@@ -110,7 +111,30 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     parts["optim"] = _section(config, "optim", OptimConfig, steps=steps)
     plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
     plain["trainable"] = tuple(plain["trainable"])
-    return RunConfig(**parts, **plain)
+    run = RunConfig(**parts, **plain)
+    if run.rounds:
+        _check_shapes(run)
+    return run
+
+
+def _check_shapes(run: RunConfig) -> None:
+    """Raises ConfigError where a tree that exploration can make would not fit the shapes of the update, hours later."""
+    count, tokens = run.explore.k * len(GRAMMAR.titles), run.explore.max_tokens
+    substitutes = len(GRAMMAR.titles) * run.pack.substitutes
+    needs = {"branch": tokens, "row": tokens - 1, "branches": count + substitutes}
+    needs["rows"] = -(-count // (run.pack.row // max(1, tokens - 1) or 1))  # rows fill at least that far
+    for name, needed in needs.items():
+        largest = run.pack.row if name == "row" else getattr(run.pack, name)[-1]
+        if largest < needed:
+            raise ConfigError(
+                f"config.pack.{name} ends at {largest}, but explore.k={run.explore.k} branches of up to explore.max_tokens="
+                f"{tokens} tokens can need {needed}; extend it"
+            )
+    if run.pack.trunk[-1] < run.explore.trunk[-1]:
+        raise ConfigError(
+            f"config.pack.trunk ends at {run.pack.trunk[-1]}, config.explore.trunk at {run.explore.trunk[-1]}: what can be "
+            "explored must fit the update"
+        )
 
 
 def _section(config: ml_collections.ConfigDict, name: str, cls: type, **override: Any) -> Any:
@@ -156,6 +180,8 @@ def build_records(config: ml_collections.ConfigDict) -> list[Record]:
         raise ConfigError(
             f"config.data.name={data.name!r}, path={data.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
         )
+    if data.name == "jsonl" and not Path(data.path).is_file():
+        raise ConfigError(f"config.data.path={data.path!r}: no such file; give one JSON object per line (docs/data.md)")
     if data.name == "jsonl":
         records = loaders.load_jsonl(data.path, data.images or Path(data.path).parent, check_images=True)
     else:
@@ -178,6 +204,12 @@ def build_judge(config: ml_collections.ConfigDict) -> Judge:
         return rules.judge
     module, _, name = config.judge.partition(":")
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"config.judge={config.judge!r} is no 'package.module:function' ({error})") from error
+        judge = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config.judge={config.judge!r} is no 'package.module:function' ({error}); modules are looked for among "
+            "installed packages and in PYTHONPATH"
+        ) from error
+    if not callable(judge):
+        raise ConfigError(f"config.judge={config.judge!r} is a {type(judge).__name__}, not a function")
+    return judge

@@ -33,7 +33,8 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     if not is_run(path):
         raise FileNotFoundError(f"{path}: no work directory of a training run (config.json and checkpoints/)")
     config = configs.default_config()
-    config.update(ml_collections.ConfigDict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))))
+    with config.unlocked():  # a recipe may keep sections of its own
+        config.update(ml_collections.ConfigDict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))))
     mesh = configs.build_mesh(config) if mesh is None else mesh
     run = configs.run_config(config)
     start = configs.build_policy(config, mesh)
