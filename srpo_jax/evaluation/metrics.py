@@ -21,7 +21,7 @@ def report(judged: Sequence[Judged]) -> dict[str, Any]:
     """The metrics of one evaluation as a JSON value; see docs/evaluation.md for every key."""
     prompts = by_prompt(judged)
     categories = sorted({p[0].record.category for p in prompts if p[0].record.category})
-    splits = list(dict.fromkeys(split for p in prompts if (split := p[0].record.meta.get("split"))))
+    splits = list(dict.fromkeys(split for p in prompts if isinstance(split := p[0].record.meta.get("split"), str)))
     return {
         **answers(prompts),
         "path": paths(prompts),
