@@ -195,14 +195,15 @@ class Qwen2_5_VL(nnx.Module):
         """
         angles = text_angles(positions, self.config.text)
         layer_def, layers = nnx.split(self.layers)
+        zero = jnp.zeros_like(step)
 
         def one_layer(carry, xs):
             x, own_k, own_v, index = carry
             state, trunk_k, trunk_v = xs
 
             def attend(q, k, v):
-                grown_k = jax.lax.dynamic_update_slice(own_k, k[None, ..., None], (index, 0, 0, 0, 0, step))
-                grown_v = jax.lax.dynamic_update_slice(own_v, v[None, ..., None, :], (index, 0, 0, 0, step, 0))
+                grown_k = jax.lax.dynamic_update_slice(own_k, k[None, ..., None], (index, zero, zero, zero, zero, step))
+                grown_v = jax.lax.dynamic_update_slice(own_v, v[None, ..., None, :], (index, zero, zero, zero, step, zero))
                 own = (jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False) for c in (grown_k, grown_v))
                 here = CombCache(trunk_k, trunk_v, *own)
                 return attention.attend_decode(q, here, limits, step), (grown_k, grown_v)
@@ -210,7 +211,7 @@ class Qwen2_5_VL(nnx.Module):
             x, grown = nnx.merge(layer_def, state)(x, angles, attend)
             return (x, *grown, index + 1), None
 
-        carry = (self.embed[...][tokens], cache.own_k, cache.own_v, 0)
+        carry = (self.embed[...][tokens], cache.own_k, cache.own_v, zero)
         (x, own_k, own_v, _), _ = jax.lax.scan(one_layer, carry, (layers, cache.trunk_k, cache.trunk_v))
         return self.norm(x), cache._replace(own_k=own_k, own_v=own_v)
 

@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srpo_jax import losses, trees
+from srpo_jax.exploration.sampler import SampleConfig, sample_branches
 from srpo_jax.inputs import Encoded, VisionInputs, batch_inputs
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.logprobs import token_logprobs
@@ -20,7 +21,7 @@ from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.models.scoring import tree_logprobs
 
 VOCAB, PATCH_DIM, WINDOW = 40, 3 * 2 * 4 * 4, 4  # 4-pixel patches, windows of 2 × 2 patches: one merged feature each
-PROMPT, STEP, REPLY, STEPS, LONGEST, SEQUENCES = 9, 3, 4, 3, 10, 20
+PROMPT, STEP, REPLY, STEPS, LONGEST, SEQUENCES, PAIRS = 9, 3, 4, 3, 10, 20, 256
 PACK = trees.PackConfig(trunk=(24,), path=(16,), patches=(16,), rows=(12,), row=11, branches=(20,), branch=(LONGEST,))
 LAMBDA = 0.7
 
@@ -97,24 +98,36 @@ def sequence_logprobs(params, graphdef, inputs):
     return jnp.pad(scores, ((0, 0), (1, 0)))
 
 
-def naive_loss(params, graphdef, inputs, plan):
-    """The formula, term by term, from sequences that share nothing. `plan` lists index arithmetic made on the host."""
-    scores = sequence_logprobs(params, graphdef, inputs)
-    return sum(naive_question(scores, *question) for question in plan) / len(plan)
+def naive_loss(scores, plan):
+    """The formula from the log-probs of whole sequences: every mean is over a span (sequence, start, end) of `plan`."""
+
+    def mean(span):
+        token = jnp.arange(scores.shape[1])
+        inside = (token >= span[1]) & (token < span[2])
+        return jnp.sum(jnp.where(inside, scores[span[0]], 0.0)) / jnp.maximum(span[2] - span[1], 1)
+
+    reference = -jnp.mean(jax.vmap(mean)(plan["references"]))
+    plus, minus = (jnp.minimum(jax.vmap(mean)(plan[side]), -1e-4) for side in ("plus", "minus"))
+    gap = (plus - jnp.log1p(-jnp.exp(plus))) - (minus - jnp.log1p(-jnp.exp(minus)))
+    ell = jnp.where(plan["weight"] > 0, jnp.log1p(jnp.exp(-gap)), 0.0)
+    return reference + LAMBDA * jnp.sum(plan["weight"] * ell)
 
 
-def naive_question(scores, trunk_row, start, end, pairs_by_prefix):
-    loss = -jnp.mean(scores[trunk_row, start:end])
-    terms = []
-    for pairs in pairs_by_prefix:
-        ells = []
-        for plus, minus in pairs:
-            m_plus, m_minus = (jnp.mean(scores[row, a:b]) for row, a, b in (plus, minus))
-            gap = (m_plus - jnp.log1p(-jnp.exp(m_plus))) - (m_minus - jnp.log1p(-jnp.exp(m_minus)))
-            ells.append(jnp.log1p(jnp.exp(-gap)))
-        if ells:
-            terms.append(sum(ells) / len(ells))
-    return loss + LAMBDA * (sum(terms) / len(terms) if terms else 0.0)
+def span_plan(questions):
+    """Arrays of fixed size: reference spans, and every pair's two spans with 1 / (questions × prefixes × pairs)."""
+    pairs = []
+    for _, by_prefix in questions:
+        filled = [p for p in by_prefix if p]
+        pairs += [(a, b, 1 / (len(questions) * len(filled) * len(p))) for p in filled for a, b in p]
+    missing = PAIRS - len(pairs)
+    assert missing >= 0
+    pairs += [((0, 1, 2), (0, 1, 2), 0.0)] * missing
+    return {
+        "references": np.asarray([reference for reference, _ in questions]),
+        "plus": np.asarray([a for a, _, _ in pairs]),
+        "minus": np.asarray([b for _, b, _ in pairs]),
+        "weight": np.asarray([w for _, _, w in pairs]),
+    }
 
 
 def naive_plan(batch_trees, total):
@@ -141,21 +154,25 @@ def naive_plan(batch_trees, total):
                 v: [spans[k] for k, seen_v in seen.items() if k[0] == prefix and seen_v == {v}] for v in (True, False)
             }
             pairs_by_prefix.append([(a, b) for a in of[True] for b in of[False]])
-        plan.append((trunk_row, trunk.ends[0], len(trunk.encoded.tokens), pairs_by_prefix))
+        plan.append(((trunk_row, trunk.ends[0], len(trunk.encoded.tokens)), pairs_by_prefix))
     examples += [examples[0]] * (total - len(examples))
     return batch_inputs(examples, PACK.trunk[0] + LONGEST, PACK.patches[0]), plan
 
 
-def both(dtype: str, batch_trees):
+def leaves(tree) -> dict[str, np.ndarray]:
+    """Gradients by path, in numpy: norms taken outside jit and x64 would silently be float32."""
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree.leaves_with_path(tree)}
+
+
+def both(dtype: str, batch_trees, params=None):
     with precision(dtype):
-        graphdef, params = model_parts(dtype)
+        graphdef, usual = model_parts(dtype)
+        params = usual if params is None else params
         batch, _ = trees.pack_trees(batch_trees, PACK)
         inputs, plan = naive_plan(batch_trees, len(batch_trees) * (SEQUENCES + 1))
         (ours, aux), grads = compiled_packed(graphdef)(params, batch)
-        # The plan differs from example to example: differentiate the sequences' log-probs once, then the arithmetic.
-        scores, pull = jax.vjp(lambda p: compiled_sequences(graphdef)(p, inputs), params)
-        theirs, outer = jax.value_and_grad(lambda s: sum(naive_question(s, *q) for q in plan) / len(plan))(scores)
-        return ours, grads, theirs, pull(outer)[0], aux
+        theirs, expected = compiled_naive(graphdef)(params, inputs, span_plan(plan))
+        return ours, grads, theirs, expected, aux
 
 
 @functools.cache
@@ -164,8 +181,8 @@ def compiled_packed(graphdef):
 
 
 @functools.cache
-def compiled_sequences(graphdef):
-    return jax.jit(lambda p, inputs: sequence_logprobs(p, graphdef, inputs))
+def compiled_naive(graphdef):
+    return jax.jit(jax.value_and_grad(lambda p, inputs, plan: naive_loss(sequence_logprobs(p, graphdef, inputs), plan)))
 
 
 RELAXED = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -176,10 +193,16 @@ RELAXED = settings(max_examples=12, deadline=None, suppress_health_check=list(He
 def test_loss_and_every_gradient_equal_the_naive_computation_in_float64(batch_trees):
     ours, grads, theirs, expected, _ = both("float64", batch_trees)
     assert ours == pytest.approx(float(theirs), rel=1e-9)
-    scale = max(float(jnp.linalg.norm(g)) for g in jax.tree.leaves(expected))
-    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected), strict=True):
-        bound = 1e-9 * max(float(jnp.linalg.norm(b)), 1e-6 * scale)  # a leaf that is all rounding has no relative error
-        assert float(jnp.linalg.norm(a - b)) <= bound, jax.tree_util.keystr(path)
+    assert_equal_leaves(grads, expected)
+
+
+def assert_equal_leaves(grads, expected, bound=1e-9):
+    ours_flat, theirs_flat = leaves(grads), leaves(expected)
+    scale = max(np.linalg.norm(g) for g in theirs_flat.values())
+    for name, wanted in theirs_flat.items():
+        assert wanted.dtype == np.float64
+        size = max(np.linalg.norm(wanted), 1e-6 * scale)  # a leaf that is all rounding has no relative error
+        assert np.linalg.norm(ours_flat[name] - wanted) <= bound * size, name
 
 
 @RELAXED
@@ -188,9 +211,38 @@ def test_gradients_in_float32_stay_within_1e_5_of_the_global_norm(batch_trees):
     ours, grads, theirs, expected, aux = both("float32", batch_trees)
     assert float(jnp.max(aux["m_favourable"] * aux["has_pairs"])) <= 0.0
     assert ours == pytest.approx(float(theirs), rel=1e-5)
-    norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(expected)))
-    gap = jnp.sqrt(sum(jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (grads, expected)), strict=True)))
-    assert float(gap / norm) <= 1e-5
+    ours_flat, theirs_flat = leaves(grads), leaves(expected)
+    norm = np.sqrt(sum(np.sum(g**2) for g in theirs_flat.values()))
+    gap = np.sqrt(sum(np.sum((ours_flat[name] - g) ** 2) for name, g in theirs_flat.items()))
+    assert gap / norm <= 1e-5
+
+
+def test_a_policy_that_is_sure_of_its_tokens_has_exact_gradients_too():
+    """m near 0, where log-odds are steepest: half of the branches are greedy under a sharpened head."""
+    rng = np.random.default_rng(5)
+    trunk = make_trunk(rng, 2)
+    with precision("float64"):
+        graphdef, params = model_parts("float64")
+        params = params | {"head": params["head"] * 600}
+        limits = np.asarray([trunk.ends[:-1]], np.int32)
+        greedy = SampleConfig(LONGEST, eos_id=-1, temperature=0.0)
+        inputs = batch_inputs([trunk.encoded], PACK.trunk[0])
+        samples = sample_branches(
+            graphdef, params, inputs, limits, jax.random.split(jax.random.key(0), 3)[None], greedy
+        )
+        sure = np.asarray(samples.tokens[0])
+    m = np.mean(np.asarray(samples.logprobs[0]), axis=-1)
+    assert (m > -0.02).any()
+    branches = [trees.Branch(i, t, np.zeros(LONGEST, np.float32), "ok", bool(i % 2)) for i, t in enumerate(sure)]
+    for i in trunk.prefixes:
+        tokens = sure[i].copy()
+        tokens[-1] = rng.integers(5, VOCAB)
+        branches.append(trees.Branch(i, tokens, np.zeros(LONGEST, np.float32), "ok", not i % 2))
+    tree = trees.ReasoningTree(trunk, tuple(branches))
+    ours, grads, theirs, expected, aux = both("float64", [tree, tree], params)
+    assert float(aux["pairs"][0]) == 3
+    assert ours == pytest.approx(float(theirs), rel=1e-9)
+    assert_equal_leaves(grads, expected)
 
 
 def test_the_check_sees_a_branch_that_reads_one_trunk_token_too_many():

@@ -1,0 +1,156 @@
+"""Trees on the host and their packing: what counts, what is paired, and that nothing is lost on the way to static shapes."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from srpo_jax import trees
+from srpo_jax.inputs import Encoded
+from srpo_jax.trees import FAVOURABLE, UNFAVOURABLE, UNKNOWN, Branch, PackConfig, ReasoningTree, Trunk
+
+ENDS = (4, 6, 8, 10)
+CONFIG = PackConfig(trunk=(16, 32), path=(12,), rows=tuple(range(40)), row=9, branches=(40,), branch=(10,))
+
+
+def make_trunk(unsafe=None) -> Trunk:
+    tokens = np.arange(100, 113, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(13, dtype=np.int32), (3, 13))
+    return Trunk("r1", Encoded(tokens, positions, np.full(13, -1, np.int32)), ENDS, unsafe)
+
+
+def branch(prefix, tokens, verdict, status="ok"):
+    tokens = np.asarray(tokens, np.int32)
+    return Branch(prefix, tokens, np.linspace(-1, -0.1, len(tokens), dtype=np.float32), status, verdict, "because")
+
+
+branch_lists = st.lists(
+    st.builds(
+        branch,
+        st.integers(0, 2),
+        st.lists(st.integers(1, 3), min_size=1, max_size=10),
+        st.sampled_from([True, False, None]),
+        st.sampled_from(["ok", "truncated", "judge_failed"]),
+    ),
+    max_size=30,
+)
+
+
+@settings(deadline=None)
+@given(branch_lists)
+def test_every_usable_token_is_packed_once_with_its_prefix_and_position(branches):
+    tree = ReasoningTree(make_trunk(), tuple(branches))
+    usable, _, _ = trees.usable_branches(tree, CONFIG)
+    batch, _ = trees.pack_trees([tree], CONFIG)
+    rows, segments = batch.rows, batch.rows.segments[0]
+    assert (segments >= 0).sum() == sum(len(b.tokens) - 1 for b in usable)
+    for m, b in enumerate(usable):
+        here = segments == m
+        assert rows.tokens[0][here].tolist() == b.tokens[:-1].tolist()
+        assert set(rows.limits[0][here].tolist()) <= {ENDS[b.prefix]}
+        assert rows.positions[0][here].tolist() == [ENDS[b.prefix] + k for k in range(len(b.tokens) - 1)]
+        # The gather index leads each token back to the place that predicts it.
+        assert batch.targets[0][batch.slots[0, m, : len(b.tokens)]].tolist() == b.tokens.tolist()
+        assert batch.first[0, m] == ENDS[b.prefix] - 1
+        assert batch.prefix_lengths[0, m] == ENDS[b.prefix] - ENDS[0]
+    assert batch.lengths[0].tolist() == [len(b.tokens) for b in usable] + [0] * (40 - len(usable))
+
+
+@settings(deadline=None)
+@given(branch_lists)
+def test_no_branch_is_lost_silently(branches):
+    usable, verdicts, counts = trees.usable_branches(ReasoningTree(make_trunk(), tuple(branches)), CONFIG)
+    assert len(usable) + counts["merged"] + counts["dropped"] == len(branches)
+    assert UNKNOWN not in verdicts
+    keys = [(b.prefix, tuple(b.tokens.tolist())) for b in usable]
+    assert len(set(keys)) == len(keys)
+
+
+@settings(deadline=None)
+@given(branch_lists)
+def test_json_round_trip_is_exact(branches):
+    tree = ReasoningTree(make_trunk(), tuple(branches))
+    again = ReasoningTree.from_json(json.loads(json.dumps(tree.to_json())), tree.trunk)
+    for a, b in zip(tree.branches, again.branches, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert (a.prefix, a.status, a.verdict, a.reason) == (b.prefix, b.status, b.verdict, b.reason)
+
+
+def test_a_stored_tree_of_a_changed_record_is_refused():
+    tree = ReasoningTree(make_trunk(), ())
+    other = dataclasses.replace(tree.trunk, ends=(4, 6, 8, 11))
+    with pytest.raises(ValueError, match="record 'r1' has another trunk"):
+        ReasoningTree.from_json(tree.to_json(), other)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), max_size=40))
+def test_rows_hold_every_sequence_once_and_overflow_none(lengths):
+    rows = trees.pack_rows(lengths, 20)
+    assert sorted(m for row in rows for m in row) == [m for m, n in enumerate(lengths) if n]
+    assert all(sum(lengths[m] for m in row) <= 20 for row in rows)
+    # First fit leaves no two rows that would fit into one.
+    sizes = sorted(sum(lengths[m] for m in row) for row in rows)
+    assert len(sizes) < 2 or sizes[0] + sizes[1] > 20
+
+
+def test_verdicts_of_malformed_branches_follow_the_policy_and_failed_judges_are_dropped():
+    cases = {"truncated": UNFAVOURABLE, "no_close": UNFAVOURABLE, "judge_failed": UNKNOWN, "ok": UNKNOWN}
+    for status, as_unfavourable in cases.items():
+        assert trees.verdict_of(branch(0, [1], None, status)) == UNKNOWN
+        assert trees.verdict_of(branch(0, [1], None, status), "unfavourable") == as_unfavourable
+
+
+def test_identical_branches_with_different_verdicts_are_unknown():
+    tree = ReasoningTree(make_trunk(), (branch(0, [1, 2], True), branch(0, [1, 2], False), branch(1, [1, 2], True)))
+    usable, verdicts, counts = trees.usable_branches(tree, CONFIG)
+    assert [b.prefix for b in usable] == [1]
+    assert verdicts == [FAVOURABLE]
+    assert counts == {"merged": 1, "dropped": 1}
+
+
+def test_substitutes_fill_one_sided_prefixes_with_the_records_own_continuation():
+    trunk = make_trunk(unsafe=np.asarray([7, 8], np.int32))
+    tree = ReasoningTree(trunk, (branch(0, [1], True), branch(2, [2], False)))
+    usable, verdicts, _ = trees.usable_branches(tree, dataclasses.replace(CONFIG, substitutes=True))
+    extra = [(b.prefix, b.tokens.tolist(), v) for b, v in zip(usable, verdicts, strict=True) if not b.on_policy]
+    tokens = trunk.encoded.tokens.tolist()
+    assert extra == [(0, [*tokens[4:10], 7, 8], UNFAVOURABLE), (2, tokens[8:], FAVOURABLE)]
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.sampled_from([FAVOURABLE, UNFAVOURABLE, UNKNOWN])), max_size=16),
+    st.integers(1, 6),
+)
+def test_pairs_are_favourable_against_unfavourable_of_one_prefix(items, limit):
+    prefixes, verdicts = [p for p, _ in items], [v for _, v in items]
+    every, some = trees.select_pairs(prefixes, verdicts), trees.select_pairs(prefixes, verdicts, limit)
+    expected = {
+        (a, b)
+        for a in range(len(items))
+        for b in range(len(items))
+        if prefixes[a] == prefixes[b] and (verdicts[a], verdicts[b]) == (FAVOURABLE, UNFAVOURABLE)
+    }
+    assert set(zip(*np.nonzero(every), strict=True)) == expected
+    assert not (some & ~every).any()
+    for i in range(3):
+        mine = np.asarray(prefixes, int) == i
+        total, kept = every[mine].sum(), some[mine].sum()
+        assert kept == min(limit, total)
+        used = some[mine].sum(axis=1)[every[mine].any(axis=1)]
+        assert used.size == 0 or used.max() - used.min() <= 1  # spread evenly over the favourable branches
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    tree = ReasoningTree(make_trunk(), (branch(0, range(1, 11), True),))
+    with pytest.raises(ValueError, match="trunk tokens: 13 exceeds the largest bucket 12"):
+        trees.pack_trees([tree], dataclasses.replace(CONFIG, trunk=(12,)))
+    with pytest.raises(ValueError, match=r"10 tokens does not fit into rows of 8; raise PackConfig\.row"):
+        trees.pack_trees([tree], dataclasses.replace(CONFIG, row=8))
+    with pytest.raises(ValueError, match="unknown='skip'"):
+        dataclasses.replace(CONFIG, unknown="skip")
