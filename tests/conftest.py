@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # The suite runs on the CPU also where an accelerator or libtpu is installed, and never asks a hub for anything.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,8 +16,50 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
-from hypothesis import settings  # noqa: E402  (after the environment is set)
+import numpy as np  # noqa: E402  (after the environment is set)
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+if TYPE_CHECKING:
+    from srpo_jax.models.policy import Policy
 
 # A first call may compile or wait for a busy disk; the deadline of hypothesis would take that for a failure.
 settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
+
+
+@pytest.fixture(scope="session")
+def tiny_policy() -> Policy:
+    """A random Qwen2.5-VL of 30,000 parameters with the embedded world's tokenizer.
+
+    Its head leans towards the tags of a path, the end of the turn and a few words, so that what it samples has every
+    status: answers, open paths, doubled tags, truncation.
+    """
+    import jax
+    import jax.numpy as jnp
+    from transformers import Qwen2VLImageProcessorPil
+
+    from srpo_jax.data import scenes
+    from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
+    from srpo_jax.models.policy import init_policy
+    from srpo_jax.models.processor import Processor
+
+    tokenizer = scenes.build_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
+    text = TextConfig(512, 16, 24, 2, 4, 2, 4, 1e4, (1, 1, 0), 1e-6, False, 512)
+    vision = VisionConfig(2, 16, 16, 2, 3, 14, 2, 2, 56, (1,), 16)
+    config = ModelConfig(text, vision, *ids)
+    images = Qwen2VLImageProcessorPil(
+        patch_size=14, temporal_patch_size=2, merge_size=2, min_pixels=28 * 28, max_pixels=56 * 56
+    )
+    policy = init_policy(config, Processor(tokenizer, images, config), 0)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape) + (x.ndim == 1), policy.params)
+    params["embed"][:, 0] = 4.0  # one constant feature, from which the head reads a bias per token
+    params["head"][:, 0] = -2.0
+    for piece, lean in {"<think>\n": 0.5, "</think>\n": 0.9, " bridge": 1.1, " bake": 1.1, " rest": 1.1}.items():
+        [token] = tokenizer(piece, add_special_tokens=False)["input_ids"]
+        params["head"][token, 0] = lean
+    params["head"][tokenizer.eos_token_id, 0] = 1.15
+    policy.params.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    return policy

@@ -1,0 +1,307 @@
+"""Promises of exploration: K branches of every proper prefix, nothing computed or asked twice, resumable line by line."""
+
+import dataclasses
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from srpo_jax.data import scenes
+from srpo_jax.exploration.explorer import (
+    JUDGE_FAILED,
+    ExploreConfig,
+    exploration_statistics,
+    explore,
+    explore_batch,
+    is_favourable,
+)
+from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.inputs import batch_inputs
+from srpo_jax.judges.verdict import Verdict
+from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+from srpo_jax.trees import Branch, ReasoningTree
+
+K, BUDGET = 3, 10
+CONFIG = ExploreConfig(k=K, max_tokens=BUDGET, trees=3, trunk=(144,), patches=(16,))
+KEY = jax.random.key(3)
+
+
+class Judge:
+    """A judge that knows its mind by the answer's text, and remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, record, path):
+        self.asked.append((record.id, path.answer, len(path.steps)))
+        side = zlib.crc32(path.answer.encode()) % 3
+        return Verdict(safe=None if side == 0 else side > 1, effective=True, reason=f"side {side}")
+
+
+@pytest.fixture(scope="module")
+def records():
+    """Five records, so that the last batch is not full; the second has no picture."""
+    made = scenes.records("train", 6)[:5]
+    return [dataclasses.replace(r, images=()) if i == 1 else r for i, r in enumerate(made)]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_policy, records):
+    def run(judge, folder=None, records=records, config=CONFIG, key=KEY, **options):
+        options = {"folder": folder, "progress": False} | options
+        return explore(tiny_policy, tiny_policy.params, records, config, judge, key, **options)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """One uninterrupted exploration: its trees, its folder and its judge."""
+    folder, judge = tmp_path_factory.mktemp("explore") / "whole", Judge()
+    return run(judge, folder), folder, judge
+
+
+def assert_same(ours, theirs):
+    assert [t.trunk.record_id for t in ours] == [t.trunk.record_id for t in theirs]
+    for a, b in zip((b for t in ours for b in t.branches), (b for t in theirs for b in t.branches), strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_array_equal(a.logprobs, b.logprobs)
+        assert (a.prefix, a.status, a.verdict, a.reason) == (b.prefix, b.status, b.verdict, b.reason)
+
+
+def test_every_proper_prefix_has_k_branches_and_answers_alone_are_judged(whole, records, tiny_policy):
+    trees, _, judge = whole
+    assert [tree.trunk.record_id for tree in trees] == [record.id for record in records]
+    branches = [(t, b) for t in trees for b in t.branches]
+    for tree in trees:
+        assert Counter(b.prefix for b in tree.branches) == dict.fromkeys(range(6), K)
+    statuses = Counter(b.status for _, b in branches)
+    assert {"ok", "truncated", "no_close", "multiple", "no_open", JUDGE_FAILED} <= statuses.keys()
+    assert len(judge.asked) == statuses["ok"] + statuses[JUDGE_FAILED]
+    eos = tiny_policy.processor.eos_id
+    for _, b in branches:
+        stopped = b.tokens[-1] == eos
+        assert 1 <= len(b.tokens) == len(b.logprobs) <= BUDGET
+        assert stopped or len(b.tokens) == BUDGET
+        assert eos not in b.tokens[:-1]
+        assert np.isfinite(b.logprobs).all() and (b.logprobs < 0).all()
+        assert (b.verdict is not None) == (b.status == "ok")
+        assert b.status != "truncated" or not stopped
+        assert stopped or b.status not in ("ok", JUDGE_FAILED, "no_close", "empty")
+    assert {True, False} <= {b.verdict for _, b in branches}
+
+
+def test_the_judge_reads_the_prefix_and_the_branch_as_one_path(whole, records, tiny_policy):
+    trees, _, judge = whole
+    texts = {record.id: record.steps for record in records}
+    expected = [
+        (t.trunk.record_id, len(texts[t.trunk.record_id][: b.prefix]))
+        for t in trees
+        for b in t.branches
+        if b.status in ("ok", JUDGE_FAILED)
+    ]
+    assert [name for name, _, _ in judge.asked] == [name for name, _ in expected]
+    # The branch continues the last step's text or opens no further one.
+    assert all(found in (n, n + 1) for (_, _, found), (_, n) in zip(judge.asked, expected, strict=True))
+
+
+def subjaxprs(jaxpr):
+    """Every equation, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from subjaxprs(inner)
+
+
+def test_the_image_is_encoded_once_and_the_trunk_prefilled_once_for_all_branches(tiny_policy, records, monkeypatch):
+    seen = []
+
+    def count(name, rows):
+        inner = getattr(Qwen2_5_VL, name)
+
+        def outer(self, *args, **kwargs):
+            seen.append((name, rows(args)))
+            return inner(self, *args, **kwargs)
+
+        monkeypatch.setattr(Qwen2_5_VL, name, outer)
+
+    count("encode_images", lambda args: args[0].patches.shape)
+    count("trunk", lambda args: args[0].tokens.shape)
+    count("decode", lambda args: args[0].shape)
+    inputs = batch_inputs([make_trunk(r, tiny_policy.processor).encoded for r in records[:3]], 144, 16)
+    branches = 6 * K
+    limits = np.full((3, branches), 20, np.int32)
+    keys = jax.random.split(KEY, limits.shape)
+    how = SampleConfig(BUDGET + 1, tiny_policy.processor.eos_id)  # a budget of its own: nothing is traced yet
+    traced = jax.make_jaxpr(sample_branches, static_argnums=(0, 5))(
+        tiny_policy.graphdef, tiny_policy.params, inputs, limits, keys, how
+    )
+    # Traced once, run once per batch, unless it stands in the decode loop: that one reads neither patches nor tokens.
+    assert seen[:2] == [("encode_images", (3, 16, 1176)), ("trunk", (3, 144))]
+    assert set(seen[2:]) == {("decode", (3, branches))}
+    loops = [eqn for eqn in subjaxprs(traced.jaxpr) if eqn.primitive.name == "while"]
+    assert loops
+    for loop in loops:
+        shapes = {var.aval.shape for var in loop.invars}
+        assert (3, 16, 1176) not in shapes
+        assert (3, 144) not in shapes
+
+
+@pytest.mark.parametrize(
+    ("branch_lines", "verdict_lines"), [(0, 0), (2.5, 0), (4, 2.4), (4.99, None), (None, 3.5), (0, None), (None, None)]
+)
+def test_a_cut_folder_resumes_to_the_same_files_and_nothing_is_asked_twice(
+    run, whole, tmp_path, branch_lines, verdict_lines
+):
+    """`2.5`: two lines and half of the third; None: the whole file."""
+    trees, folder, first = whole
+    for name, lines in (("branches", branch_lines), ("verdicts", verdict_lines)):
+        (tmp_path / f"{name}.jsonl").write_bytes(cut((folder / f"{name}.jsonl").read_bytes(), lines))
+    judge = Judge()
+    assert_same(run(judge, tmp_path), trees)
+    for name in ("branches.jsonl", "verdicts.jsonl"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    kept = len(first.asked) if verdict_lines is None else int(verdict_lines)
+    assert judge.asked == first.asked[kept:]
+
+
+def cut(content: bytes, lines: float | None) -> bytes:
+    if lines is None:
+        return content
+    parts = content.splitlines(keepends=True)
+    next_line = parts[int(lines)]
+    return b"".join(parts[: int(lines)]) + next_line[: int(len(next_line) * (lines % 1))]
+
+
+def test_a_judge_that_raises_stops_the_run_which_goes_on_where_it_stopped(run, whole, tmp_path):
+    trees, folder, first = whole
+
+    class Broken(Judge):
+        def __call__(self, record, path):
+            if len(self.asked) == 4:
+                raise ConnectionError("no route to host")
+            return super().__call__(record, path)
+
+    with pytest.raises(ConnectionError) as error:
+        run(Broken(), tmp_path)
+    [note] = error.value.__notes__
+    assert repr(first.asked[4][0]) in note and "prefix" in note
+    judge = Judge()
+    assert_same(run(judge, tmp_path), trees)
+    assert judge.asked == first.asked[4:]
+    assert (tmp_path / "verdicts.jsonl").read_bytes() == (folder / "verdicts.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [None, True, Verdict("no", True, ""), Verdict(True, 1, ""), Verdict(np.bool_(True), True, "")],  # type: ignore[arg-type]
+)
+def test_what_is_no_verdict_is_refused_and_never_counts(run, records, answer):
+    with pytest.raises(TypeError, match=r"record 'train-0-0000\d\d', prefix \d.*True, False or None"):
+        run(lambda record, path: answer)
+
+
+@pytest.mark.parametrize(
+    ("risky", "mode", "table"),
+    [
+        # Rows: safe; columns: effective; T, F and ? for unknown.
+        (True, "safe_and_effective", {"T": "TF?", "F": "FFF", "?": "?F?"}),
+        (True, "safe", {"T": "TTT", "F": "FFF", "?": "???"}),
+        (False, "safe_and_effective", {"T": "TF?", "F": "TF?", "?": "TF?"}),
+        (False, "safe", {"T": "TF?", "F": "TF?", "?": "TF?"}),
+    ],
+)
+def test_favourable_truth_table(records, risky, mode, table):
+    value = {"T": True, "F": False, "?": None}
+    record = next(r for r in records if r.risky is risky)
+    for safe, row in table.items():
+        for effective, expected in zip("TF?", row, strict=True):
+            assert is_favourable(record, value[safe], value[effective], mode) is value[expected], (safe, effective)
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ValueError, match="favourable='effective'"):
+        ExploreConfig(favourable="effective")
+
+
+def test_paths_of_different_length_share_a_batch(tiny_policy, records):
+    """A path of two steps beside one of six: each gets its own prefixes, and the same branches beside another."""
+    long, other = (make_trunk(records[i], tiny_policy.processor) for i in (0, 2))
+    short = dataclasses.replace(make_trunk(records[1], tiny_policy.processor), record_id="short")
+    short = dataclasses.replace(short, ends=short.ends[:3])
+    sample = lambda *trunks: explore_batch(tiny_policy, tiny_policy.params, trunks, CONFIG, KEY)  # noqa: E731
+    first, second = sample(short, long), sample(other, short)
+    assert Counter(b.prefix for b in first[0].branches) == {0: K, 1: K}
+    assert Counter(b.prefix for b in first[1].branches) == dict.fromkeys(range(6), K)
+    assert_same(first[:1], second[1:])
+
+
+def test_text_alone_and_pictures_share_a_batch(run, whole, records):
+    """The text-only record's branches are the same in a batch without any picture, to the last bits of another program."""
+    trees, _, _ = whole
+    assert trees[1].trunk.encoded.vision is None and trees[0].trunk.encoded.vision is not None
+    [alone] = run(Judge(), records=[records[1]])
+    for a, b in zip(alone.branches, trees[1].branches, strict=True):
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+def test_branches_follow_the_key_and_the_round(run, whole):
+    trees, _, _ = whole
+    openings = lambda trees: [b.tokens[:4].tolist() for t in trees for b in t.branches]  # noqa: E731
+    for other in (run(Judge(), round_=1), run(Judge(), key=jax.random.key(4))):
+        differ = np.mean([a != b for a, b in zip(openings(trees), openings(other), strict=True)])
+        assert differ > 0.8
+    assert_same(run(Judge()), trees)
+
+
+def test_records_and_folders_that_do_not_belong_together_are_refused(run, whole, records, tmp_path):
+    _, folder, _ = whole
+    with pytest.raises(ValueError, match=f"not unique.*{records[0].id}"):
+        run(Judge(), records=[*records, records[0]])
+    with pytest.raises(ValueError, match=r"trees of other records.*another work directory"):
+        run(Judge(), folder, records=records[:3])
+    changed = [dataclasses.replace(records[0], question="May one rest here?"), *records[1:]]
+    with pytest.raises(ValueError, match=f"{records[0].id}.*another trunk"):
+        run(Judge(), folder, records=changed)
+    with pytest.raises(ValueError, match=f"{records[0].id}.*k=2"):
+        run(Judge(), folder, config=dataclasses.replace(CONFIG, k=2))
+
+
+def test_a_record_that_cannot_be_encoded_is_named(run, records, tmp_path):
+    gone = dataclasses.replace(records[0], images=(Path(tmp_path / "gone.png"),))
+    with pytest.raises(ValueError, match=rf"{gone.id}.*gone\.png"):
+        run(Judge(), records=[gone])
+    endless = dataclasses.replace(records[0], safe_reply="bake " * 600)
+    with pytest.raises(ValueError, match=rf"{endless.id}.*context"):
+        run(Judge(), records=[endless])
+
+
+def test_statistics_are_shares_of_the_branches(tiny_policy, records):
+    def tree(index, *branches):
+        made = [Branch(0, np.zeros(n, np.int32), np.zeros(n, np.float32), s, v) for n, s, v in branches]
+        return ReasoningTree(make_trunk(records[index], tiny_policy.processor), tuple(made))
+
+    trees = [
+        tree(0, (4, "ok", True), (6, "ok", False), (8, "truncated", None), (2, JUDGE_FAILED, None)),
+        tree(1, (1, "ok", True), (1, "no_close", None), (1, "ok", True), (1, "truncated", None)),
+    ]
+    risky = {record.id: record.risky for record in records}
+    assert risky[records[0].id] and not risky[records[1].id]
+    assert exploration_statistics(trees, risky) == {
+        "explore/trees": 2,
+        "explore/branches": 8,
+        "explore/mean_length": 3,
+        "explore/truncated": 2 / 8,
+        "explore/judge_failed": 1 / 8,
+        "explore/unknown": 4 / 8,
+        "explore/favourable_risky": 1 / 2,
+        "explore/favourable_harmless": 1,
+    }
