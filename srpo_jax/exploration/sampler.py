@@ -150,19 +150,25 @@ def draw_tokens(state: DecodeState, logits: jax.Array, keys: jax.Array, config: 
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys, state.step)
         noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32)))(step_keys)
         perturbed = logits / config.temperature + noise
-    best, tokens = jax.lax.top_k(perturbed, 2)
-    tokens = tokens[..., 0].astype(jnp.int32)
+    tokens, gap = best_token(perturbed)
     active = ~samples.stopped
 
     def put(buffer: jax.Array, new: jax.Array) -> jax.Array:
         new = jnp.where(active, new, 0).astype(buffer.dtype)
         return jax.lax.dynamic_update_index_in_dim(buffer, new, state.step, 2)
 
-    gap = (best[..., 0] - best[..., 1]).astype(samples.ties.dtype)
     return Samples(
         tokens=put(samples.tokens, tokens),
         logprobs=put(samples.logprobs, logprobs_of(logits, tokens)),
         lengths=samples.lengths + active,
         stopped=samples.stopped | (tokens == config.eos_id),
-        ties=jnp.where(active, jnp.minimum(samples.ties, gap), samples.ties),
+        ties=jnp.where(active, jnp.minimum(samples.ties, gap.astype(samples.ties.dtype)), samples.ties),
     )
+
+
+def best_token(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The best token int32[...] of logits float[..., V], the first of equals, and its lead over the second best."""
+    # Two reductions: `lax.top_k` sorts the whole vocabulary on a CPU, which took most of a decoding step.
+    token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    others = jnp.where(jnp.arange(logits.shape[-1]) == token[..., None], -jnp.inf, logits)
+    return token, logits.max(axis=-1) - others.max(axis=-1)
