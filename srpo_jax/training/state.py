@@ -116,12 +116,16 @@ def select_trainable(params: dict[str, Any], patterns: tuple[str, ...]) -> tuple
 def init_state(
     params: dict[str, Any], optimizer: optax.GradientTransformation, patterns: tuple[str, ...], mesh: jax.sharding.Mesh
 ) -> TrainState:
-    """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to."""
+    """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to.
+
+    Trainable parameters are copied, because updates donate them; frozen ones are shared with `params` where they need not move.
+    """
     trainable, frozen = select_trainable(params, patterns)
     shardings = state_shardings(
         TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh
     )
-    trainable, frozen = jax.device_put((trainable, frozen), (shardings.params, shardings.frozen))
+    trainable = jax.device_put(trainable, shardings.params, may_alias=False)
+    frozen = jax.device_put(frozen, shardings.frozen)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(trainable)
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, frozen, opt_state)
 

@@ -74,7 +74,7 @@ def make_update(
     """The compiled update `(state, batches) -> (state, metrics)`.
 
     `batches` has a leading axis of micro-batches whose gradients add up: every question weighs the same, whatever its
-    micro-batch. The old state is donated.
+    micro-batch. The old state is donated, save for its frozen parameters.
     """
     dtype = jnp.dtype(compute.dtype)
 
@@ -84,24 +84,30 @@ def make_update(
         per_question, aux = srpo_loss(model, batch, loss, compute)
         return jnp.sum(per_question * batch.weight) / total, question_sums(per_question, aux, batch.weight)
 
-    def update(state: TrainState, batches: TreeBatch):
+    def update(state: TrainState, frozen: dict[str, jax.Array], batches: TreeBatch):
         total = jnp.sum(batches.weight)
         differentiate = jax.value_and_grad(micro_loss, has_aux=True)
 
         def add(grads, batch):
-            (_, sums), new = differentiate(state.params, state.frozen, batch, total)
+            (_, sums), new = differentiate(state.params, frozen, batch, total)
             return jax.tree.map(jnp.add, grads, new), sums
 
         grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), batches)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = mean_metrics(jax.tree.map(lambda x: jnp.sum(x, axis=0), sums))
-        metrics["grad_norm"] = optax.global_norm(grads)
-        metrics["update_norm"] = optax.global_norm(updates)
-        return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["update_norm"] = optax.tree.norm(updates)
+        return TrainState(state.step + 1, params, {}, opt_state), metrics
 
-    shardings = state_shardings(state, mesh)
-    return jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    shardings = state_shardings(state, mesh)._replace(frozen={})
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+
+    def apply(state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        moved, metrics = compiled(state._replace(frozen={}), state.frozen, batches)
+        return moved._replace(frozen=state.frozen), metrics
+
+    return apply
 
 
 def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
