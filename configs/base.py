@@ -1,4 +1,7 @@
-"""The recipe of the embedded base policy; see scripts/make_base_policy.py, which runs it."""
+"""The recipe of the embedded base policy: supervised, on the world's imperfect demonstrations.
+
+python scripts/make_base_policy.py --workdir=runs/base --output=srpo_jax/assets/base_policy
+"""
 
 from srpo_jax.config import default_config
 

@@ -55,11 +55,15 @@ def tiny_policy() -> Policy:
     policy = init_policy(config, Processor(tokenizer, images, config), 0)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape) + (x.ndim == 1), policy.params)
-    params["embed"][:, 0] = 4.0  # one constant feature, from which the head reads a bias per token
-    params["head"][:, 0] = -2.0
-    for piece, lean in {"<think>\n": 0.5, "</think>\n": 0.9, " bridge": 1.1, " bake": 1.1, " rest": 1.1}.items():
-        [token] = tokenizer(piece, add_special_tokens=False)["input_ids"]
-        params["head"][token, 0] = lean
-    params["head"][tokenizer.eos_token_id, 0] = 1.15
+    # What came last, as three features of the input: anything, a closing tag, a word. The head leans on them.
+    pieces = ("<think>\n", "</think>\n", " bridge", " bake", " rest")
+    opening, closing, *words = (tokenizer.convert_tokens_to_ids(tokenizer.tokenize(piece))[0] for piece in pieces)
+    params["embed"][:, :3] = 4.0, 0.0, 0.0
+    params["embed"][closing, 1] = params["embed"][words, 2] = 4.0
+    params["head"][:, :3] = -2.0, 0.0, 0.0
+    params["head"][opening, :3] = 0.2, -0.5, 0.0
+    params["head"][closing, :3] = 1.0, -1.2, -0.7
+    params["head"][words, :3] = 0.8, 0.2, 0.0
+    params["head"][tokenizer.eos_token_id, :3] = 0.3, -0.5, 0.6
     policy.params.update(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
     return policy

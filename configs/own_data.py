@@ -1,0 +1,46 @@
+"""Aligns a real Qwen2.5-VL on your own records: JSON lines, pictures, a judge of yours, a checkpoint in Hugging Face's format.
+
+    PYTHONPATH=. python scripts/train.py --config=configs/own_data.py --workdir=runs/mine \
+        --config.policy.path=/models/Qwen2.5-VL-3B-Instruct --config.data.path=/data/records.jsonl \
+        --config.judge=my_judge:judge
+
+docs/data.md describes a record; pictures lie in the folder of the JSONL file, or in `--config.data.images`. A judge is a
+function (record, parsed path) -> srpo_jax.judges.verdict.Verdict; `PYTHONPATH=.` lets Python find `my_judge.py` here. Without
+one, `--config.rounds=0` trains on the reference paths alone: a released checkpoint needs that first, because it does not yet
+write the path grammar, and a round whose branches are mostly malformed is refused. Then give the exported result (see
+scripts/export.py) as `policy.path`.
+
+No numbers are expected here: they depend on the checkpoint and the records.
+"""
+
+from srpo_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.policy.max_image_tokens = 768  # a picture of about 770 × 770 pixels; more cost memory in every trunk
+    config.policy.dtype = "bfloat16"
+    config.data.name = "jsonl"
+    config.judge = ""  # yours: "package.module:function"
+
+    # Trunk: image, question, six steps and the reply. A ladder of few sizes: each one in use compiles its own programs.
+    config.explore.update(k=4, temperature=1.0, max_tokens=512, trees=4, trunk=(1024, 1536, 2048))
+    config.pack.update(trunk=(1024, 1536, 2048), path=(512, 1024))
+    # Branches: 24 of up to 512 tokens; most are shorter and share rows.
+    config.pack.update(rows=(8, 12, 16, 24), row=512, branches=(24,), branch=(256, 512))
+
+    # Full fine-tuning keeps a float32 master copy, its gradient and two moments: 16 bytes per trained parameter.
+    # The vision tower stays as it is; drop the pattern to train it, too.
+    config.trainable = ("^embed$", "^layers/", "^norm/", "^head$")
+    config.compute.update(dtype="bfloat16", remat=True)
+    config.mesh.update(data=1, fsdp=-1, tensor=1)  # parameters and questions over all devices
+
+    # Eight questions per update, one at a time. On several devices let `trees` be a multiple of their number.
+    config.batch.update(trees=1, accumulate=8)
+    config.loss.lambda_ = 0.3
+    config.optim.update(learning_rate=1e-6, warmup=10, weight_decay=0.0)
+    config.rounds = 1
+    config.updates = 200
+    config.checkpoint_every = 50
+    config.eval.update(max_tokens=512, batch=16, trunk=(1024, 1536))
+    return config

@@ -1,0 +1,288 @@
+"""Promises of a run: what it refuses to learn from, what moves, what it writes, whose parameters explore."""
+
+import dataclasses
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from srpo_jax import sharding
+from srpo_jax.checkpoint import Checkpointer
+from srpo_jax.data import scenes
+from srpo_jax.exploration.explorer import ExploreConfig, explore
+from srpo_jax.files import read_jsonl
+from srpo_jax.inputs import VisionInputs
+from srpo_jax.judges.verdict import Verdict
+from srpo_jax.training import loop
+from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
+from srpo_jax.training.loop import RunConfig, TrainingError, _check_finite, check_round, has_pair, train
+from srpo_jax.training.state import OptimConfig, init_state
+from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree
+
+LOSS_DOC = Path(__file__).resolve().parents[2] / "docs" / "loss.md"
+RUN = RunConfig(
+    explore=ExploreConfig(k=4, max_tokens=10, trees=4, trunk=(144,), patches=(16,)),
+    loss=LossConfig(lambda_=0.5),
+    optim=OptimConfig(1e-2, steps=4, schedule="constant"),
+    pack=PackConfig((144,), (112,), (6, 12), 20, (24,), (10,), (16,)),
+    batch=BatchConfig(trees=4),
+    compute=ComputeConfig(remat=False),
+    updates=2,
+    rounds=2,
+    checkpoint_every=1,
+    keep=9,
+    max_truncated=1.0,
+    max_unknown=1.0,
+)
+LEARN = dataclasses.replace(RUN, rounds=0)
+OUTPUT = ("^head$", "^norm/")  # of all programs with a gradient, these compile fastest
+
+
+def judge(record, path):
+    return Verdict(safe="rest" in path.answer, effective="rest" in path.answer, reason="")
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def records():
+    return scenes.records("train", 4)
+
+
+@pytest.fixture(scope="module")
+def trees(tiny_policy, records):
+    made = explore(tiny_policy, tiny_policy.params, records, RUN.explore, judge, jax.random.key(0), progress=False)
+    assert any(has_pair(tree, RUN.pack) for tree in made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_policy, records, mesh, tmp_path_factory):
+    """Two rounds of two updates with a checkpoint after each, and the parameters that came out."""
+    workdir = tmp_path_factory.mktemp("loop")
+    return workdir, train(tiny_policy, records, judge, RUN, workdir, mesh)
+
+
+def restored(workdir, step, policy, mesh, config=RUN):
+    state = init_state(policy.params, config.optim.make(), config.trainable, mesh)
+    with Checkpointer(workdir / "checkpoints", keep=9) as checkpoints:
+        return checkpoints.restore(step, state)[0].all_params()
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_run_returns_the_parameters_of_its_last_checkpoint(finished, tiny_policy, mesh):
+    workdir, params = finished
+    assert sorted(int(p.name) for p in (workdir / "checkpoints").iterdir()) == [1, 2, 3, 4]
+    assert_equal(params, restored(workdir, 4, tiny_policy, mesh))
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), params, tiny_policy.params)
+    # The key's bias shifts all scores of a query alike, so nothing but noise moves it.
+    assert all(move for path, move in sharding.flatten(moved).items() if not path.endswith("k/bias"))
+
+
+def test_every_round_explores_with_the_newest_parameters(finished, tiny_policy, records, mesh):
+    workdir, _ = finished
+    stored = [list(read_jsonl(workdir / "trees" / f"round_00{r}" / "branches.jsonl")) for r in (0, 1)]
+
+    def explored(params, round_):
+        made = explore(
+            tiny_policy, params, records, RUN.explore, judge, jax.random.key(0), round_=round_, progress=False
+        )
+        return [[(b.tokens.tolist(), [float(x) for x in b.logprobs]) for b in tree.branches] for tree in made]
+
+    found = [[[(b["tokens"], b["logprobs"]) for b in line["branches"]] for line in lines] for lines in stored]
+    assert found[0] == explored(tiny_policy.params, 0)
+    assert found[1] == explored(restored(workdir, 2, tiny_policy, mesh), 1)
+    assert found[1] != explored(tiny_policy.params, 1)
+
+
+def test_a_round_under_way_never_explores_with_later_parameters(finished, tiny_policy, records, mesh, tmp_path):
+    """Step 3 of 4 is restored, but a tree of the second round is gone: it cannot be sampled again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[0], workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    file = workdir / "trees" / "round_001" / "branches.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
+    with pytest.raises(TrainingError, match=rf"lacks the trees of 1 records.*{records[-1].id}"):
+        train(tiny_policy, records, judge, RUN, workdir, mesh)
+
+
+def test_metrics_hold_what_the_documentation_lists(finished):
+    table = re.findall(r"^\| (`.+?) \|", LOSS_DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    names = {name for cell in table for name in re.findall(r"`([^`]+)`", cell)}
+    assert len(names) > 10 and "explore/*" in names
+    lines = list(read_jsonl(finished[0] / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert names - {"explore/*"} <= line.keys()
+        assert all(isinstance(value, int | float) and np.isfinite(value) for value in line.values())
+        np.testing.assert_allclose(line["loss"], line["reference_loss"] + 0.5 * line["contrastive_loss"], rtol=1e-5)
+        # With the first update of a round alone.
+        assert any(name.startswith("explore/") for name in line) == (line["step"] in (1, 3))
+    assert lines[0]["explore/branches"] == 4 * 24
+    assert lines[0]["has_pairs"] > 0 and lines[0]["m_favourable"] < 0
+
+
+def test_accumulated_micro_batches_are_one_batch(tiny_policy, trees, mesh):
+    """The gradient of 2 × 2 trees is that of 1 × 4, also where pairs are spread unevenly. Adam's first moment holds it."""
+    results = []
+    optimizer = RUN.optim.make()
+    for shape in ({"trees": 4}, {"trees": 2, "accumulate": 2}):
+        state = init_state(tiny_policy.params, optimizer, OUTPUT, mesh)
+        update = make_update(tiny_policy.graphdef, optimizer, RUN.loss, RUN.compute, mesh, state)
+        [batch] = step_batches(trees, RUN.pack, BatchConfig(**shape), 0, 1)
+        state, metrics = update(state, batch.batches)
+        results.append((optax.tree.get(state.opt_state, "mu"), metrics))
+    (one, metrics_one), (two, metrics_two) = results
+    assert float(optax.tree.norm(one)) > 0.01
+    for path, gradient in one.items():
+        np.testing.assert_allclose(two[path], gradient, atol=1e-5 * float(np.abs(gradient).max()) + 1e-8, err_msg=path)
+    for name, value in metrics_one.items():
+        np.testing.assert_allclose(metrics_two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_what_is_not_trainable_does_not_move(tiny_policy, trees, mesh, tmp_path):
+    run = dataclasses.replace(LEARN, trainable=OUTPUT)
+    before = {path: np.asarray(x) for path, x in sharding.flatten(tiny_policy.params).items()}
+    after = sharding.flatten(train(tiny_policy, trees, None, run, tmp_path, mesh))
+    assert after.keys() == before.keys()
+    for path, x in before.items():
+        trains = path in ("head", "norm/scale")
+        assert np.array_equal(x, after[path]) != trains, path
+    assert any(path.startswith("vision/") for path in before)
+    with pytest.raises(ValueError, match="trainable='visoin'"):
+        train(tiny_policy, trees, None, dataclasses.replace(LEARN, trainable=("visoin",)), tmp_path / "b", mesh)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_records(tiny_policy, trees, mesh, tmp_path):
+    """The broken picture comes with the second update; the checkpoint of the first is whole, and the same command stops
+    there again."""
+    config = dataclasses.replace(LEARN, batch=BatchConfig(trees=4), updates=3)
+    others = [
+        dataclasses.replace(t, trunk=dataclasses.replace(t.trunk, record_id=f"copy-{i}")) for i, t in enumerate(trees)
+    ]
+    data = [*trees, *others]
+    batches = list(step_batches(data, RUN.pack, config.batch, 0, 2))
+    assert not set(batches[0].record_ids) & set(batches[1].record_ids)
+    victim = batches[1].record_ids[2]
+    data = [broken(t) if t.trunk.record_id == victim else t for t in data]
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"update 1: .*loss.* not finite") as error:
+            train(tiny_policy, data, None, config, tmp_path, mesh)
+        assert victim in str(error.value) and "learning_rate" in str(error.value)
+        assert not any(name in str(error.value) for name in batches[0].record_ids)
+        with Checkpointer(tmp_path / "checkpoints", keep=9) as checkpoints:
+            assert checkpoints.steps() == [1]
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(restored(tmp_path, 1, tiny_policy, mesh)))
+        assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1]
+
+
+def broken(tree: ReasoningTree) -> ReasoningTree:
+    encoded = tree.trunk.encoded
+    patches = np.array(encoded.vision.patches)
+    patches[0, 0] = np.nan
+    vision = VisionInputs(patches, encoded.vision.positions, encoded.vision.images)
+    return dataclasses.replace(
+        tree, trunk=dataclasses.replace(tree.trunk, encoded=dataclasses.replace(encoded, vision=vision))
+    )
+
+
+def test_an_update_that_is_not_finite_is_never_saved(finished, tiny_policy, mesh):
+    """Finite gradients can still ruin the parameters; the norm of the update, which tells, is what it says."""
+    workdir, _ = finished
+    before, after = (restored(workdir, step, tiny_policy, mesh) for step in (3, 4))
+    moved = optax.tree.norm(jax.tree.map(jnp.subtract, after, before))
+    *_, line = read_jsonl(workdir / "metrics.jsonl")
+    np.testing.assert_allclose(line["update_norm"], moved, rtol=1e-3)
+    with pytest.raises(TrainingError, match=r"update 7: update_norm not finite.*first, second"):
+        _check_finite(
+            {"loss": 1.0, "grad_norm": 2.0, "update_norm": np.inf}, StepBatch(7, None, ["first", "second"], {})
+        )
+
+
+@pytest.mark.parametrize(("verdict", "shares"), [(True, "100.0% of risky"), (False, "0.0% of risky")])
+def test_a_round_without_any_pair_is_refused_before_the_first_update(
+    tiny_policy, records, mesh, tmp_path, verdict, shares
+):
+    same = lambda record, path: Verdict(verdict, verdict, "")  # noqa: E731
+    with pytest.raises(TrainingError, match=rf"round 0: no prefix.*{shares}.*explore\.k"):
+        train(tiny_policy, records, same, RUN, tmp_path, mesh)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+
+
+def grown(tree: ReasoningTree, *branches: tuple[str, bool | None]) -> ReasoningTree:
+    made = [
+        Branch(1, np.asarray([9 + i, 3], np.int32), np.zeros(2, np.float32), status, verdict)
+        for i, (status, verdict) in enumerate(branches)
+    ]
+    return ReasoningTree(tree.trunk, tuple(made))
+
+
+def statistics(**shares):
+    base = {"truncated": 0.0, "unknown": 0.0, "favourable_risky": 1.0, "favourable_harmless": 0.5}
+    return {f"explore/{name}": value for name, value in (base | shares).items()}
+
+
+@pytest.mark.parametrize("name", ["truncated", "unknown"])
+def test_too_many_branches_without_a_verdict_are_refused(trees, name):
+    config = dataclasses.replace(RUN, max_truncated=0.25, max_unknown=0.25)
+    tree = grown(trees[0], ("ok", True), ("ok", False))
+    check_round(statistics(**{name: 0.25}), [tree], config, 3)
+    with pytest.raises(TrainingError, match=rf"round 3: 26\.0% of the branches are {name}.*max_{name} is 25\.0%"):
+        check_round(statistics(**{name: 0.26}), [tree], config, 3)
+
+
+def test_pairs_are_counted_as_the_update_counts_them(trees):
+    """A truncated branch is the other side where the configuration says so, a failed judge never is."""
+    truncated = grown(trees[0], ("ok", True), ("truncated", None))
+    failed = grown(trees[0], ("ok", True), ("judge_failed", None))
+    strict = dataclasses.replace(RUN, pack=dataclasses.replace(RUN.pack, unknown="unfavourable"))
+    check_round(statistics(), [truncated], strict, 0)
+    check_round(statistics(), [failed], dataclasses.replace(RUN, loss=LossConfig(lambda_=0.0)), 0)
+    for tree, config in ((truncated, RUN), (failed, strict)):
+        with pytest.raises(TrainingError, match="no prefix"):
+            check_round(statistics(), [tree], config, 0)
+    # Nothing but favourable branches: the record's unsafe reply stands in where it has one.
+    substitutes = dataclasses.replace(RUN, pack=dataclasses.replace(RUN.pack, substitutes=True))
+    risky, harmless = trees[0], trees[1]
+    assert risky.trunk.unsafe_reply is not None and harmless.trunk.unsafe_reply is None
+    check_round(statistics(), [grown(risky, ("ok", True))], substitutes, 0)
+    with pytest.raises(TrainingError, match="no prefix"):
+        check_round(statistics(), [grown(harmless, ("ok", True))], substitutes, 0)
+
+
+def test_exploration_and_update_compute_in_the_same_precision(tiny_policy, records, mesh, tmp_path, monkeypatch):
+    """A bfloat16 checkpoint, partly frozen: explored in the configured precision, whatever the master copy has."""
+
+    class Explored(Exception):
+        pass
+
+    def spy(policy, params, *args, **kwargs):
+        seen.update(str(x.dtype) for x in jax.tree.leaves(params))
+        raise Explored
+
+    monkeypatch.setattr(loop, "explore", spy)
+    half = dataclasses.replace(tiny_policy, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny_policy.params))
+    for dtype in ("bfloat16", "float32"):
+        seen = set()
+        run = dataclasses.replace(RUN, compute=ComputeConfig(dtype), trainable=("^layers",))
+        with pytest.raises(Explored):
+            train(half, records, judge, run, tmp_path, mesh)
+        assert seen == {dtype}
+
+
+def test_the_policy_that_was_given_is_still_there_afterwards(finished, tiny_policy):
+    """Updates reuse the memory of their own state, never that of the caller's parameters."""
+    assert finished
+    assert not any(x.is_deleted() for x in jax.tree.leaves(tiny_policy.params))
