@@ -26,18 +26,19 @@ def main(_):
     config = CONFIG.value
     if CHECKPOINT.value:
         config.policy.path = CHECKPOINT.value  # so that the work directory remembers whose branches it holds
+    run = configs.run_config(config)
+    judge = configs.build_judge(config)
     workdir = open_workdir(WORKDIR.value, config)
     mesh = configs.build_mesh(config)
     path = config.policy.path
     policy = load_run(path, mesh=mesh)[0] if is_run(path) else configs.build_policy(config, mesh)
     records = configs.build_records(config)
-    run = configs.run_config(config)
     trees = sx.explore(
         policy,
         policy.params,
         records,
         run.explore,
-        configs.build_judge(config),
+        judge,
         jax.random.key(run.seed),
         folder=workdir / "trees",
     )

@@ -16,13 +16,14 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep the run; the same 
 
 def main(_):
     config = CONFIG.value
-    workdir = open_workdir(WORKDIR.value, config)
+    run = configs.run_config(config)
+    judge = configs.build_judge(config) if run.rounds else None
+    workdir = open_workdir(WORKDIR.value, config)  # what cannot run leaves none behind
     mesh = configs.build_mesh(config)
     policy = configs.build_policy(config, mesh)
     records = configs.build_records(config)
-    judge = configs.build_judge(config) if config.rounds else None
     logging.info("%d records, mesh %s, policy %s", len(records), dict(mesh.shape), config.policy.path)
-    train(policy, records, judge, configs.run_config(config), workdir, mesh)
+    train(policy, records, judge, run, workdir, mesh)
     logging.info("done; evaluate or export with --checkpoint=%s", workdir)
 
 

@@ -74,6 +74,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
     ("field", "value", "message"),
     [
         ("explore.favourable", "nice", r"config\.explore: favourable='nice'"),
+        ("optim.warmup", 101, r"config\.optim: .*warmup=101 of 100 steps"),
         ("pack.unknown", "guess", r"config\.pack: unknown='guess'"),
         ("explore.max_tokens", 300, r"config\.pack\.branch ends at 256.*max_tokens=300"),
         ("explore.k", 5, r"config\.pack\.branches ends at 24.*can need 30"),

@@ -108,6 +108,9 @@ def explore(
         twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
     trunks = [make_trunk(record, policy.processor) for record in records]
+    for trunk in trunks:
+        bucket(len(trunk.encoded.tokens), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
+        bucket(_patches(trunk), config.patches or (_patches(trunk),), f"record {trunk.record_id!r}: explore.patches")
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
@@ -137,6 +140,10 @@ def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: 
             if tree.trunk.record_id not in stored:
                 store.append(tree.to_json())
             yield tree
+
+
+def _patches(trunk: Trunk) -> int:
+    return 0 if trunk.encoded.vision is None else len(trunk.encoded.vision.patches)
 
 
 def _stored_tree(line: Mapping[str, Any], trunk: Trunk, config: ExploreConfig) -> ReasoningTree:
@@ -178,7 +185,7 @@ def run_sampler(policy, params, trunks: Sequence[Trunk], limits: np.ndarray, key
     """Samples one branch per limit and key of every trunk, [B, M]; results on the host."""
     examples = [trunk.encoded for trunk in trunks]
     length = bucket(max(len(e.tokens) for e in examples), config.trunk, "trunk tokens (explore.trunk)")
-    patches = max(0 if e.vision is None else len(e.vision.patches) for e in examples)
+    patches = max(_patches(trunk) for trunk in trunks)
     if patches and config.patches:
         patches = bucket(patches, config.patches, "vision patches of a tree (explore.patches)")
     how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)

@@ -173,7 +173,11 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder in Hugging Face's format has one")
-    return ModelConfig.from_hf(_read_json(path))
+    content = _read_json(path)
+    try:
+        return ModelConfig.from_hf(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, dtype: Any = None) -> Params:

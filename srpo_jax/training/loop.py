@@ -32,7 +32,7 @@ from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.state import OptimConfig, TrainState, init_state
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
 from srpo_jax.training.workdir import MetricsLog
-from srpo_jax.trees import PackConfig, ReasoningTree, select_pairs, usable_branches
+from srpo_jax.trees import PackConfig, ReasoningTree, bucket, select_pairs, usable_branches
 
 
 class TrainingError(RuntimeError):
@@ -145,7 +145,13 @@ def _check_complete(folder: Path, records: Sequence[Record]) -> None:
 def check_round(
     statistics: Mapping[str, float], trees: Sequence[ReasoningTree], config: RunConfig, round_: int
 ) -> None:
-    """Raises TrainingError where a round of exploration is not worth learning from."""
+    """Raises TrainingError where a round of exploration is not worth learning from, ValueError where a path does not fit."""
+    for tree in trees:
+        bucket(
+            len(tree.trunk.path),
+            config.pack.path,
+            f"record {tree.trunk.record_id!r}: tokens of path and reply (pack.path)",
+        )
     for name, limit in (("truncated", config.max_truncated), ("unknown", config.max_unknown)):
         share = statistics[f"explore/{name}"]
         if share > limit:

@@ -49,6 +49,9 @@ class OptimConfig:
       clip: largest global gradient norm; 0 does not clip.
       b1: decay of the first moment.
       b2: decay of the second moment.
+
+    Raises:
+      ValueError: an unknown schedule, or a warm-up that is longer than it.
     """
 
     learning_rate: float
@@ -61,17 +64,15 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.99
 
-    def learning_rates(self) -> optax.Schedule:
-        """Learning rate by update.
-
-        Raises:
-          ValueError: an unknown schedule, or a warm-up that is longer than it.
-        """
+    def __post_init__(self):
         if self.schedule not in ("cosine", "constant") or self.warmup > self.steps:
             raise ValueError(
                 f"schedule={self.schedule!r} with warmup={self.warmup} of {self.steps} steps: use 'cosine' "
                 "or 'constant' and a warm-up within the steps"
             )
+
+    def learning_rates(self) -> optax.Schedule:
+        """Learning rate by update."""
         end = self.learning_rate * (self.final if self.schedule == "cosine" else 1.0)
         return optax.warmup_cosine_decay_schedule(
             init_value=self.learning_rate / max(1, self.warmup),

@@ -279,6 +279,9 @@ def test_a_record_that_cannot_be_encoded_is_named(run, records, tmp_path):
     gone = dataclasses.replace(records[0], images=(Path(tmp_path / "gone.png"),))
     with pytest.raises(ValueError, match=rf"{gone.id}.*gone\.png"):
         run(Judge(), records=[gone])
+    cramped = dataclasses.replace(CONFIG, trunk=(64, 96))
+    with pytest.raises(ValueError, match=rf"{records[0].id}.*explore\.trunk.*exceeds the largest bucket 96"):
+        run(Judge(), config=cramped)
     endless = dataclasses.replace(records[0], safe_reply="bake " * 600)
     with pytest.raises(ValueError, match=rf"{endless.id}.*context"):
         run(Judge(), records=[endless])

@@ -91,6 +91,15 @@ def test_the_run_returns_the_parameters_of_its_last_checkpoint(finished, tiny_po
     assert all(move for path, move in sharding.flatten(moved).items() if not path.endswith("k/bias"))
 
 
+def test_a_finished_run_has_nothing_left_to_do(finished, tiny_policy, records, mesh):
+    workdir, params = finished
+    files = [workdir / "metrics.jsonl", *sorted((workdir / "trees").glob("*/*.jsonl"))]
+    before = [file.read_bytes() for file in files]
+    assert len(files) == 5
+    assert_equal(train(tiny_policy, records, None, RUN, workdir, mesh), params)  # not even a judge is needed
+    assert [file.read_bytes() for file in files] == before
+
+
 def test_every_round_explores_with_the_newest_parameters(finished, tiny_policy, records, mesh):
     workdir, _ = finished
     stored = [list(read_jsonl(workdir / "trees" / f"round_00{r}" / "branches.jsonl")) for r in (0, 1)]

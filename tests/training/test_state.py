@@ -42,7 +42,7 @@ def test_without_warmup_the_first_update_has_the_peak():
 @pytest.mark.parametrize("options", [{"schedule": "linear"}, {"warmup": 11}])
 def test_impossible_schedules_are_refused(options):
     with pytest.raises(ValueError, match=r"use 'cosine' or 'constant' and a warm-up within"):
-        OptimConfig(1.0, steps=10, **options).make()
+        OptimConfig(1.0, steps=10, **options)
 
 
 def test_weight_decay_reaches_every_matrix_and_nothing_else(tiny_policy):
