@@ -36,7 +36,13 @@ def random_policy(config) -> Policy:
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = config.model.to_dict()
     ids: Any = tokenizer.convert_tokens_to_ids(list(names))
-    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids)
+    ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    layout = {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "text_config": {**ends, "tie_word_embeddings": sizes["text"]["tie_word_embeddings"]},
+        "vision_config": {},
+    }
+    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids, hf=layout)
     vision = model.vision
     images = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
