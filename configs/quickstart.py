@@ -15,10 +15,11 @@ def get_config():
     config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(4, 8, 12, 16, 20, 24), row=100)
     config.pack.update(branches=(24,), branch=(100,))
     config.batch.update(trees=8)
+    config.compute.remat = False
     config.loss.lambda_ = 0.3
     config.optim.update(learning_rate=3e-4, warmup=5, weight_decay=0.0)
     config.rounds = 1
     config.updates = 64
-    config.checkpoint_every = 32
+    config.checkpoint_every = 16
     config.eval.update(n=400, max_tokens=100, batch=200, trunk=(64,), patches=(64,))
     return config

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from srpo_jax.models.config import ModelConfig
+from srpo_jax.sharding import flatten, unflatten
 
 if TYPE_CHECKING:
     from srpo_jax.models.processor import Processor
@@ -134,33 +135,7 @@ def _mlp_sources(out: dict[str, Source], path: str, name: str, width: int, hidde
 
 def param_shapes(config: ModelConfig, dtype: Any = jnp.float32) -> Params:
     """The params tree as `jax.ShapeDtypeStruct`s, for shardings and compilation ahead of time."""
-    return nest({path: jax.ShapeDtypeStruct(s.param_shape, dtype) for path, s in sources(config).items()})
-
-
-def nest(flat: Mapping[str, Any]) -> Params:
-    """A nested dict from paths with slashes."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The inverse of `nest`."""
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            out |= flatten(value, f"{prefix}{key}/")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out
-
-
-# Reading
+    return unflatten({path: jax.ShapeDtypeStruct(s.param_shape, dtype) for path, s in sources(config).items()})
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -208,7 +183,7 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, 
         kind = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*kinds)
         read = _reader(source, tensors, kind)
         flat[path] = jax.make_array_from_callback(source.param_shape, per_param[path], read, dtype=kind)
-    return nest(flat)
+    return unflatten(flat)
 
 
 def _reader(source: Source, tensors: Mapping[str, Any], dtype: jnp.dtype) -> Callable[[Any], np.ndarray]:

@@ -203,7 +203,9 @@ class Qwen2_5_VL(nnx.Module):
 
             def attend(q, k, v):
                 grown_k = jax.lax.dynamic_update_slice(own_k, k[None, ..., None], (index, zero, zero, zero, zero, step))
-                grown_v = jax.lax.dynamic_update_slice(own_v, v[None, ..., None, :], (index, zero, zero, zero, step, zero))
+                grown_v = jax.lax.dynamic_update_slice(
+                    own_v, v[None, ..., None, :], (index, zero, zero, zero, step, zero)
+                )
                 own = (jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False) for c in (grown_k, grown_v))
                 here = CombCache(trunk_k, trunk_v, *own)
                 return attention.attend_decode(q, here, limits, step), (grown_k, grown_v)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from srpo_jax.models import hf
-from srpo_jax.models.hf import flatten, load_params, read_config, save_params
+from srpo_jax.models.hf import load_params, read_config, save_params
 from srpo_jax.models.policy import load_policy
+from srpo_jax.sharding import flatten
 
 VARIANTS = ("untied", "tied", "full")
 

@@ -16,6 +16,7 @@ from srpo_jax.models import geometry, hf
 from srpo_jax.models import vision as vision_module
 from srpo_jax.models.policy import forward, graph_definition, pad_batch
 from srpo_jax.models.vision import VisionTower
+from srpo_jax.sharding import flatten, unflatten
 
 TOLERANCE = 1e-4
 GAP = 1e-3
@@ -128,11 +129,11 @@ def test_greedy_tokens_equal(case, picture):
 
 def silenced(params, path, layer):
     """`params` with one layer's bias at zero, or one norm's scale at one."""
-    flat = hf.flatten(params)
+    flat = flatten(params)
     neutral = jnp.ones_like if path.endswith("scale") else jnp.zeros_like
     index = ... if layer is None else layer
     flat[path] = flat[path].at[index].set(neutral(flat[path][index]))
-    return hf.nest(flat)
+    return unflatten(flat)
 
 
 def test_dropping_any_bias_or_norm_shows(checkpoint, examples):
@@ -213,8 +214,8 @@ def test_float64_and_gradients(checkpoint, examples):
         plain, remat = grad(params, False), grad(params, True)
     plain, remat = jax.device_get((plain, remat))
     scale = max(np.abs(x).max() for x in jax.tree.leaves(plain))
-    for path, leaf in hf.flatten(plain).items():
-        np.testing.assert_allclose(hf.flatten(remat)[path], leaf, atol=1e-12 * scale, err_msg=path)
+    for path, leaf in flatten(plain).items():
+        np.testing.assert_allclose(flatten(remat)[path], leaf, atol=1e-12 * scale, err_msg=path)
         assert np.abs(leaf).max() > 0, path
 
 

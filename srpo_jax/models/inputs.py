@@ -1,1 +1,0 @@
-from srpo_jax.inputs import Encoded, Inputs, VisionInputs, batch_inputs, pad_to  # noqa: F401
