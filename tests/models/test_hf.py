@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from srpo_jax.models import hf
 from srpo_jax.models.hf import load_params, read_config, save_params
 from srpo_jax.models.policy import load_policy
-from srpo_jax.sharding import flatten
+from srpo_jax.sharding import flatten, unflatten
 
 VARIANTS = ("untied", "tied", "full")
 
@@ -156,7 +156,7 @@ def test_any_shard_is_read_alone(checkpoint, config, params, data):
 def test_shardings_are_used(checkpoint, config, params):
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     one = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    tree = hf.nest(dict.fromkeys(hf.sources(config), one))
+    tree = unflatten(dict.fromkeys(hf.sources(config), one))
     loaded = load_params(checkpoint("untied").folder, config, tree)
     assert_same_params(loaded, params)
     assert all(leaf.sharding == one for leaf in jax.tree.leaves(loaded))
@@ -169,14 +169,15 @@ import sys
 import jax, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from srpo_jax.models import hf
+from srpo_jax.sharding import flatten, unflatten
 config = hf.read_config(sys.argv[1])
 mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
 def where(path, shape):
     axes = [*[None] * (len(shape) - 2), "fsdp"] if path.endswith("kernel") else []
     return NamedSharding(mesh, PartitionSpec(*axes))
 places = {path: where(path, source.param_shape) for path, source in hf.sources(config).items()}
-split = hf.flatten(hf.load_params(sys.argv[1], config, hf.nest(places)))
-whole = hf.flatten(hf.load_params(sys.argv[1], config))
+split = flatten(hf.load_params(sys.argv[1], config, unflatten(places)))
+whole = flatten(hf.load_params(sys.argv[1], config))
 for path, value in split.items():
     assert value.sharding == places[path], path
     for shard in value.addressable_shards:
@@ -270,5 +271,5 @@ def test_params_that_do_not_fit_are_named(config, params, tmp_path):
     flat["adapter"] = flat["embed"]
     flat["norm/scale"] = jnp.ones(3)
     with pytest.raises(ValueError, match="missing: head\n  unexpected: adapter\n  misshapen: norm/scale"):
-        save_params(tmp_path / "out", config, hf.nest(flat))
+        save_params(tmp_path / "out", config, unflatten(flat))
     assert not list(tmp_path.iterdir())
