@@ -10,16 +10,15 @@ from srpo_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.data.n = 512  # 256 risky records and their harmless twins
+    config.data.n = 384  # 192 risky records and their harmless twins
     config.explore.update(k=4, temperature=1.0, max_tokens=100, trees=16, trunk=(144,), patches=(64,))
     config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(4, 8, 12, 16, 20, 24), row=100)
     config.pack.update(branches=(24,), branch=(100,))
     config.batch.update(trees=8)
-    config.compute.remat = False
     config.loss.lambda_ = 0.3
-    config.optim.update(learning_rate=3e-4, warmup=5, weight_decay=0.0)
+    config.optim.update(learning_rate=4e-4, warmup=5, weight_decay=0.0)
     config.rounds = 1
-    config.updates = 64
+    config.updates = 48
     config.checkpoint_every = 16
-    config.eval.update(n=400, max_tokens=100, batch=200, trunk=(64,), patches=(64,))
+    config.eval.update(n=200, max_tokens=100, batch=200, trunk=(64,), patches=(64,))
     return config
