@@ -21,8 +21,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.models.layers import wide
-
 KeyValues = tuple[jax.Array, jax.Array]
 
 
@@ -47,7 +45,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     """
     b, queries, heads, size = q.shape
     grouped = q.reshape(b, queries, k.shape[2], -1, size)
-    scores = _masked(jnp.einsum("bqkgd,bskd->bkgqs", grouped, k), size, mask[:, None, None])
+    scores = _scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(b, queries, heads, size)
 
@@ -79,8 +77,8 @@ def attend_comb(
     b, rows, queries, heads, size = q.shape
     grouped = q.reshape(b, rows, queries, trunk_k.shape[2], -1, size)
     seen = jnp.arange(trunk_k.shape[1]) < limits[..., None]
-    on_trunk = _masked(jnp.einsum("bnqkgd,btkd->bkgnqt", grouped, trunk_k), size, seen[:, None, None])
-    on_own = _masked(jnp.einsum("bnqkgd,bnskd->bkgnqs", grouped, own_k), size, own_mask[:, None, None])
+    on_trunk = _scores("bnqkgd,btkd->bkgnqt", grouped, trunk_k, seen[:, None, None])
+    on_own = _scores("bnqkgd,bnskd->bkgnqs", grouped, own_k, own_mask[:, None, None])
     on_trunk, on_own = _joint_softmax(on_trunk, on_own)
     out = jnp.einsum("bkgnqt,btkd->bnqkgd", on_trunk.astype(trunk_v.dtype), trunk_v)
     out += jnp.einsum("bkgnqs,bnskd->bnqkgd", on_own.astype(own_v.dtype), own_v)
@@ -129,11 +127,9 @@ def attend_decode(q: jax.Array, cache: CombCache, limits: jax.Array, step: jax.A
     """
     b, m, heads, size = q.shape
     grouped = q.reshape(b, m, cache.trunk_k.shape[1], -1, size)
-    on_trunk = jnp.einsum("bmkgd,bkdt->bkmgt", grouped, cache.trunk_k)
-    on_own = jnp.einsum("bmkgd,bmkds->bkmgs", grouped, cache.own_k)
-    seen = jnp.arange(on_trunk.shape[-1]) < limits[..., None]
-    on_trunk = _masked(on_trunk, size, seen[:, None, :, None])
-    on_own = _masked(on_own, size, jnp.arange(on_own.shape[-1]) <= step)
+    seen = jnp.arange(cache.trunk_k.shape[-1]) < limits[..., None]
+    on_trunk = _scores("bmkgd,bkdt->bkmgt", grouped, cache.trunk_k, seen[:, None, :, None])
+    on_own = _scores("bmkgd,bmkds->bkmgs", grouped, cache.own_k, jnp.arange(cache.own_k.shape[-1]) <= step)
     on_trunk, on_own = _joint_softmax(on_trunk, on_own)
     out = jnp.einsum("bkmgt,bktd->bmkgd", on_trunk.astype(q.dtype), cache.trunk_v)
     out += jnp.einsum("bkmgs,bmksd->bmkgd", on_own.astype(q.dtype), cache.own_v)
@@ -148,6 +144,8 @@ def _joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a / total, b / total
 
 
-def _masked(scores: jax.Array, head_size: int, mask: jax.Array) -> jax.Array:
-    scores = wide(scores) * head_size**-0.5
-    return jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+def _scores(products: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled scores, accumulated and kept in float32 or wider; the lowest number where masked."""
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum(products, q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5
+    return jnp.where(mask, scores, jnp.finfo(dtype).min)

@@ -196,8 +196,13 @@ class Processor:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of generated ids: control tokens of the chat are dropped, `<think>` and `</think>` are kept."""
-        kept = [int(i) for i in ids if int(i) not in self._reserved]
+        """Text of generated ids, without an end-of-turn at the end.
+
+        Any other control token that a model wrote stays visible as its name, so that no judge mistakes the text for clean.
+        """
+        kept = [int(i) for i in ids]
+        if kept and kept[-1] == self.eos_id:
+            kept.pop()
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _patches(self, images: Sequence[Image.Image]) -> tuple[list[np.ndarray], list[geometry.Size]]:

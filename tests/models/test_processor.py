@@ -97,7 +97,10 @@ def test_decode_keeps_think_markers(processor):
     ids = tokenizer("<think>\nso</think>\nyes<|im_end|>")["input_ids"]
     assert thinking.decode(ids) == "<think>\nso</think>\nyes"
     plain = "<think>\nso</think>\nyes"
-    assert processor.decode([*processor.tokenize(plain), processor.eos_id, processor.pad_id]) == plain
+    assert processor.decode([*processor.tokenize(plain), processor.eos_id]) == plain
+    # A control token that a model wrote inside its answer is not hidden from judges.
+    smuggled = [*processor.tokenize(plain), processor.config.image_token_id, processor.eos_id]
+    assert processor.decode(smuggled) == plain + "<|image_pad|>"
 
 
 def test_images_over_the_budget_shrink(case, picture):
