@@ -42,7 +42,7 @@ def random_policy(config) -> Policy:
         "text_config": {**ends, "tie_word_embeddings": sizes["text"]["tie_word_embeddings"]},
         "vision_config": {},
     }
-    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids, hf=layout)
+    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids, layout)
     vision = model.vision
     images = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
