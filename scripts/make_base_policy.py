@@ -7,7 +7,6 @@ came out.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,15 +34,15 @@ def random_policy(config) -> Policy:
     tokenizer = build_tokenizer()
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = config.model.to_dict()
-    ids: Any = tokenizer.convert_tokens_to_ids(list(names))
+    image, video, start, end = (int(tokenizer.convert_tokens_to_ids(name)) for name in names)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     layout = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "text_config": {**ends, "tie_word_embeddings": sizes["text"]["tie_word_embeddings"]},
         "vision_config": {},
     }
-    model = ModelConfig(TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"]), *ids, layout)
-    vision = model.vision
+    text, vision = TextConfig(**sizes["text"]), VisionConfig(**sizes["vision"])
+    model = ModelConfig(text, vision, image, video, start, end, layout)
     images = Qwen2VLImageProcessorPil(
         patch_size=vision.patch_size,
         temporal_patch_size=vision.temporal_patch_size,
