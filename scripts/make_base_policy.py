@@ -34,7 +34,7 @@ def random_policy(config) -> Policy:
     tokenizer = build_tokenizer()
     names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
     sizes = config.model.to_dict()
-    image, video, start, end = (int(tokenizer.convert_tokens_to_ids(name)) for name in names)
+    image, video, start, end = (tokenizer.get_vocab()[name] for name in names)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     layout = {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
