@@ -45,16 +45,22 @@ class Checkpointer:
     Args:
       directory: made if missing; local, or any file system that Orbax reaches.
       keep: how many of the newest steps stay; older ones are deleted after a newer one is complete.
+      read_only: changes nothing in the directory, so that steps can be read while a run is writing there: no save, nothing
+        removed or set aside.
 
     Raises:
       ValueError: if `keep` is not positive.
+      CheckpointError: if `read_only` and there is no such directory.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2):
+    def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         self.directory = epath.Path(directory).absolute()
         self._keep = keep
+        self._read_only = read_only
+        if read_only and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no such directory; give the one of a run")
         self._orbax = self._open()
         self._pending: tuple[int, Any] | None = None
 
@@ -70,8 +76,10 @@ class Checkpointer:
 
         Raises:
           TypeError: if a leaf is no array or `metadata` is not JSON.
-          CheckpointError: if this save cannot start, or the one before failed (disk full, not writable).
+          CheckpointError: if this save cannot start, or the one before failed (disk full, not writable), or for a reader.
         """
+        if self._read_only:
+            raise CheckpointError(f"{self.directory} is open for reading only")
         for path, leaf in jax.tree_util.tree_leaves_with_path(state):
             if not isinstance(leaf, jax.Array | np.ndarray):
                 raise TypeError(f"state{_name(path)} is a {type(leaf).__name__}; save arrays, and JSON in metadata")
@@ -116,7 +124,8 @@ class Checkpointer:
         Args:
           step: None for the newest that can be read.
           like: the structure to restore: `jax.ShapeDtypeStruct` leaves, with `sharding` for where each array shall go
-            (which may differ from where it was saved), or arrays of which shape, dtype and sharding are taken.
+            (which may differ from where it was saved), or arrays of which shape, dtype and sharding are taken. A leaf
+            `...` is not read and comes back as it is.
 
         Returns:
           (state, metadata), state with the structure of `like`.
@@ -133,11 +142,14 @@ class Checkpointer:
                 return self._read(step, like)
             except _Damaged as damage:
                 raise CheckpointError(f"{self.directory / str(step)} cannot be read: {damage}") from damage
-        for candidate in reversed(self.steps()):
+        tried: set[int] = set()
+        # A writer may have replaced what a reader listed; so the list is asked again until nothing in it is new.
+        while candidates := [candidate for candidate in self.steps() if candidate not in tried]:
+            tried.add(candidates[-1])
             try:
-                return self._read(candidate, like)
+                return self._read(candidates[-1], like)
             except _Damaged as damage:
-                self._set_aside(candidate, damage)
+                self._set_aside(candidates[-1], damage)
         raise CheckpointError(f"{self.directory} holds no checkpoint that can be read")
 
     def close(self) -> None:
@@ -160,6 +172,8 @@ class Checkpointer:
         self.close()
 
     def _open(self) -> ocp.training.Checkpointer:
+        if self._read_only:
+            return ocp.training.Checkpointer(self.directory)  # which keeps everything
         names = sorted(path.name for path in self.directory.iterdir()) if self.directory.exists() else []
         for name in names:
             if _UNFINISHED in name:
@@ -186,6 +200,10 @@ class Checkpointer:
             raise _Damaged(_brief(error)) from error
 
     def _set_aside(self, step: int, damage: Exception) -> None:
+        if self._read_only:
+            logging.warning("passing over %s: %s", self.directory / str(step), damage)
+            self._orbax.reload()
+            return
         aside = self.directory / f"damaged-{step}"
         logging.warning("ignoring %s: %s; it is renamed to %s", self.directory / str(step), damage, aside.name)
         if jax.process_index() == 0:
@@ -215,13 +233,13 @@ def _name(path: tuple[Any, ...]) -> str:
     return "".join(f"/{getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))}" for key in path)
 
 
-def _signature(tree: PyTree) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+def _signature(tree: PyTree) -> Iterator[tuple[str, tuple[tuple[int, ...], str] | None]]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield _name(path), (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
+        yield _name(path), None if leaf is ... else (tuple(leaf.shape), str(np.dtype(leaf.dtype)))
 
 
 def _abstract(leaf: Any) -> Any:
-    if isinstance(leaf, np.ndarray):
+    if leaf is ... or isinstance(leaf, np.ndarray):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
@@ -230,8 +248,8 @@ def _compare(wanted: dict[str, Any], saved: dict[str, Any], what: str) -> None:
     lines = [f"  {name}: not in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
     lines += [f"  {name}: only in the checkpoint" for name in sorted(saved.keys() - wanted.keys())]
     for name in sorted(wanted.keys() & saved.keys()):
-        (shape, dtype), (saved_shape, saved_dtype) = wanted[name], saved[name]
-        if wanted[name] != saved[name]:
+        if wanted[name] is not None and wanted[name] != saved[name]:
+            (shape, dtype), (saved_shape, saved_dtype) = wanted[name], saved[name]
             lines.append(f"  {name}: {dtype}{list(shape)} wanted, {saved_dtype}{list(saved_shape)} saved")
     if lines:
         more = [f"  and {len(lines) - 20} more"] if len(lines) > 20 else []

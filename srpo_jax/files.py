@@ -1,8 +1,9 @@
-"""Files that survive a kill at any moment: atomic JSON, and JSON lines that can be repaired and cut back."""
+"""Files that survive a kill at any moment: atomic JSON, JSON lines that can be repaired and cut back, locks."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
@@ -10,6 +11,52 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from absl import logging
+
+LOCK_FILE = ".lock"
+
+_held: dict[Path, int] = {}
+
+
+class LockedError(RuntimeError):
+    """Another process works there."""
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Takes a folder for this process until it ends, however it ends; again in the same process it does nothing.
+
+    Only those who lock it are kept out: reading needs no lock. On a file system without locks it warns and goes on.
+
+    Raises:
+      LockedError: another process has it; names the process and its machine.
+      OSError: the folder does not exist or is not writable.
+    """
+    path = Path(folder).resolve() / LOCK_FILE
+    held = _held.get(path)
+    if held is not None and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
+        return
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    if not _lock(file, path):
+        owner = os.read(file, 100).decode(errors="replace").strip()
+        os.close(file)
+        raise LockedError(
+            f"{folder} is in use by another process ({owner or 'unknown'}); wait for it, end it, or choose another folder"
+        )
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+    _held[path] = file
+
+
+def _lock(file: int, path: Path) -> bool:
+    """Locks an open file until it is closed; False if somebody else has. The kernel lets go of it after a kill, too."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        logging.warning("%s cannot be locked (%s): let one process at a time write there", path, error)
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -57,12 +104,18 @@ class JsonLines:
     Opening the file removes a half-written last line. Use as a context manager, or call `close`.
 
     Args:
-      path: the file, created if missing; its folder must exist. One writer at a time.
+      path: the file, created if missing; its folder must exist.
+
+    Raises:
+      LockedError: somebody else is writing it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        if not _lock(self._file, self.path):
+            os.close(self._file)
+            raise LockedError(f"{self.path} is being written by another process; wait for it, or choose another folder")
         self._truncate(_whole_lines_size(self._file))
 
     def append(self, record: Mapping[str, Any]) -> None:

@@ -241,3 +241,61 @@ def test_restore_into_another_sharding(tmp_path):
     process = run_python(code, tmp_path, env=environment, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
     assert output == "resharded\n", errors[-2000:]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_reader_changes_nothing(copy):
+    """Neither the half save of a live run, nor what lies beyond `keep`, nor a damaged step."""
+    cut_short(copy / "3")
+    (copy / "4.orbax-checkpoint-tmp").mkdir()
+    (copy / "4.orbax-checkpoint-tmp" / "part").write_bytes(b"of a save under way")
+    before = contents(copy)
+    with Checkpointer(copy, keep=1, read_only=True) as reader:
+        assert_equal(reader.restore(None, make_state(0))[0], make_state(2))
+        with pytest.raises(CheckpointError, match="reading only"):
+            reader.save(5, make_state(5), {})
+    assert contents(copy) == before
+    with pytest.raises(CheckpointError, match="no such directory"):
+        Checkpointer(copy / "typo", read_only=True)
+    assert not (copy / "typo").exists()
+
+
+def test_a_save_under_way_completes_whoever_reads(tmp_path):
+    code = """
+        import sys, jax.numpy as jnp, numpy as np
+        from srpo_jax.checkpoint import Checkpointer
+        with Checkpointer(sys.argv[1], keep=2) as checkpointer:
+            for step in range(1, 40):
+                checkpointer.save(step, {"x": jnp.full((2_000_000,), step, jnp.int32)}, {"step": step})
+        print("saved")
+    """
+    like = {"x": jnp.zeros((2_000_000,), jnp.int32)}
+    writer = run_python(code, tmp_path / "run", stderr=subprocess.PIPE)
+    seen = set()
+    try:
+        while writer.poll() is None:
+            if not (tmp_path / "run").is_dir() or not _saving_after(tmp_path / "run", 0):
+                continue
+            with Checkpointer(tmp_path / "run", read_only=True) as reader:
+                state, metadata = reader.restore(None, like)
+            np.testing.assert_array_equal(np.asarray(state["x"]), np.full(2_000_000, metadata["step"]))
+            seen.add(metadata["step"])
+    finally:
+        writer.kill()
+    output, errors = writer.communicate()
+    assert output == "saved\n", errors[-2000:]
+    assert len(seen) >= 2, seen
+    with Checkpointer(tmp_path / "run", read_only=True) as reader:
+        assert reader.steps() == [38, 39]
+
+
+def test_a_part_can_be_left_unread(saved):
+    like = make_state(0)
+    like["optimizer"] = jax.tree.map(lambda _: ..., like["optimizer"])
+    with Checkpointer(saved, read_only=True) as reader:
+        state, _ = reader.restore(2, like)
+    assert all(leaf is ... for leaf in jax.tree.leaves(state["optimizer"]))
+    assert_equal(state["params"], make_state(2)["params"])

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo_jax.files import JsonLines, read_jsonl, write_json
+from srpo_jax.files import JsonLines, LockedError, lock_folder, read_jsonl, write_json
 
 
 @pytest.fixture
@@ -77,6 +77,27 @@ def test_a_long_half_line_is_removed(tmp_path):
     file.write_bytes(b'{"a": 1}\n' + b"x" * 200_000)
     JsonLines(file).close()
     assert file.read_bytes() == b'{"a": 1}\n'
+
+
+def test_a_file_of_lines_has_one_writer(tmp_path):
+    file = tmp_path / "log.jsonl"
+    with JsonLines(file) as lines:
+        lines.append({"a": 1})
+        with pytest.raises(LockedError, match=r"log\.jsonl is being written"):
+            JsonLines(file)
+        assert list(read_jsonl(file)) == [{"a": 1}]  # readers need no lock
+    JsonLines(file).close()
+
+
+def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path):
+    for _ in range(2):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        lock_folder(folder)
+        lock_folder(folder)
+        assert f"pid {os.getpid()} " in (folder / ".lock").read_text()
+        (folder / ".lock").unlink()
+        folder.rmdir()
 
 
 def test_cut_keeps_the_leading_records(tmp_path):

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from srpo_jax.files import JsonLines, write_json
+from srpo_jax.files import JsonLines, lock_folder, write_json
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -29,7 +29,7 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
     """Creates the work directory of a run, or opens it again to resume the same run.
 
     The first call writes `config.json`; later calls compare with it, so that a run never continues under another
-    configuration and its results stay attributable.
+    configuration and its results stay attributable. The directory is then this process's own until it ends, however it ends.
 
     Args:
       path: the directory; created with its parents if missing.
@@ -41,6 +41,7 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
     Raises:
       WorkdirError: if the directory is of another configuration (every differing field is named with both values), if
         it holds files but no `config.json`, or if that file is unreadable.
+      files.LockedError: if another process has it open.
       TypeError: if a field of `config` is no JSON value, naming the field.
       OSError: if the directory cannot be made or written.
     """
@@ -49,18 +50,19 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
         raise WorkdirError(f"{path} is a file; a work directory is needed")
     wanted = _plain(config.to_dict())
     file = path / CONFIG_FILE
-    if file.exists():
-        _compare(wanted, _read_config(file), path)
-        return path
     path.mkdir(parents=True, exist_ok=True)
-    # Hidden files are what a killed atomic write leaves behind, or a file manager's.
+    # Hidden files are the lock, what a killed atomic write leaves behind, or a file manager's.
     others = sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
-    if others:
+    if others and not file.exists():
         raise WorkdirError(
             f"{path} holds {', '.join(others[:5])} but no {CONFIG_FILE}, so it is no work directory; "
             "choose a new or empty directory"
         )
-    write_json(file, wanted)
+    lock_folder(path)
+    if file.exists():
+        _compare(wanted, read_config(path), path)
+    else:
+        write_json(file, wanted)
     return path
 
 
@@ -140,7 +142,14 @@ def _plain(value: Any, name: str = "config") -> Any:
     raise TypeError(f"{name} is a {type(value).__name__}; a field must be a number, string, true, false, null or list")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The configuration that a work directory was made with.
+
+    Raises:
+      WorkdirError: its `config.json` is unreadable.
+      OSError: there is none.
+    """
+    file = Path(path) / CONFIG_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 
 import ml_collections
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from srpo_jax.files import read_jsonl
+from srpo_jax.files import LockedError, read_jsonl
 from srpo_jax.training.workdir import MetricsLog, WorkdirError, open_workdir
 
 
@@ -68,6 +71,26 @@ def _with_array() -> ml_collections.ConfigDict:
     with result.ignore_type():
         result.optimizer.rate = np.ones(2)
     return result
+
+
+def test_two_processes_never_share_a_work_directory(tmp_path):
+    """A second one is refused by name while the first lives, and let in as soon as it is killed."""
+    code = (
+        "import sys, ml_collections; from srpo_jax.training.workdir import open_workdir\n"
+        "for name in ('run', 'run/arm', 'run'): open_workdir(f'{sys.argv[1]}/{name}', ml_collections.ConfigDict({'a': 1}))\n"
+        "print('open', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    wanted = ml_collections.ConfigDict({"a": 1})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "open\n"
+            for name in ("run", "run/arm"):
+                with pytest.raises(LockedError, match=rf"{name} is in use by another process \(pid {first.pid} on "):
+                    open_workdir(tmp_path / name, wanted)
+        finally:
+            first.send_signal(signal.SIGKILL)
+    assert open_workdir(tmp_path / "run", wanted) == open_workdir(tmp_path / "run", wanted)
 
 
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
