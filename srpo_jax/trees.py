@@ -8,7 +8,7 @@ packed several per row. Token ids are the record; text is never tokenised again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,7 +157,8 @@ class TreeBatch(NamedTuple):
       lengths: int32[B, M], tokens of the branch, 0 for padding.
       prefixes: int32[B, M], prefix index, -1 for padding.
       prefix_lengths: int32[B, M], `e_i - e_0`, path tokens in the branch's prefix.
-      verdicts: int8[B, M], 1 favourable, 0 unfavourable, -1 unknown or padding.
+      verdicts: int8[B, M], 1 favourable, 0 unfavourable, -1 padding. SRPO's loss reads `pairs` alone; this is for losses
+        that weigh or rank single branches.
       pairs: bool[B, M, M], [b+, b-] where favourable b+ is compared with unfavourable b-.
       weight: float32[B], 1 for a question, 0 for a padding tree.
     """
@@ -180,6 +181,8 @@ class TreeBatch(NamedTuple):
 
 
 Ladder = tuple[int, ...]
+PATCHES: Ladder = tuple(64 << k for k in range(10))
+"""Vision patches in powers of two of the released checkpoints' window of 64."""
 
 
 def bucket(size: int, ladder: Ladder, what: str) -> int:
@@ -199,16 +202,19 @@ class PackConfig:
     Attributes:
       trunk: trunk tokens T.
       path: tokens of path and reply A.
-      patches: vision patches per tree; None pads to the largest of the batch.
       rows: rows per tree N.
       row: tokens per row R, one value.
       branches: branches per tree M.
-      branch: tokens of a branch L.
+      branch: tokens of a branch L, substitutes included.
+      patches: vision patches per tree; None pads to the largest of the batch.
       unknown: what truncated, looping or malformed branches count as, "drop" or "unfavourable". A branch whose judge failed
         is always dropped.
       max_pairs: pairs kept per prefix, None for all.
       substitutes: give one-sided prefixes the reference's own continuation (favourable) or its path with the unsafe reply.
         They are off-policy.
+
+    Raises:
+      ValueError: a ladder that does not ascend, no room in a row, or an option that is not one of those above.
     """
 
     trunk: Ladder
@@ -225,6 +231,14 @@ class PackConfig:
     def __post_init__(self):
         if self.unknown not in ("drop", "unfavourable"):
             raise ValueError(f"unknown={self.unknown!r}: use 'drop' or 'unfavourable'")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ValueError(f"max_pairs={self.max_pairs}: keep at least one pair, or None for all")
+        if self.row < 1:
+            raise ValueError(f"row={self.row}: a row holds at least one token")
+        for name in ("trunk", "path", "rows", "branches", "branch", "patches"):
+            ladder = getattr(self, name)
+            if ladder is not None and (not ladder or list(ladder) != sorted(set(ladder))):
+                raise ValueError(f"{name}={tuple(ladder)}: give at least one size, ascending")
 
 
 def verdict_of(branch: Branch, unknown: str = "drop") -> int:
@@ -250,6 +264,47 @@ def usable_branches(tree: ReasoningTree, config: PackConfig) -> tuple[list[Branc
         kept += _substitutes(tree.trunk, kept)
     counts = {"merged": len(tree.branches) - len(merged), "dropped": len(merged) - sum(b.on_policy for b, _ in kept)}
     return [b for b, _ in kept], [v for _, v in kept], counts
+
+
+def check_trunks(trunks: Iterable[Trunk], pack: PackConfig, k: int = 0, max_tokens: int = 0) -> None:
+    """Refuses trunks that no batch of an update could hold, before hours go into exploring them.
+
+    Args:
+      trunks: of all records; read once.
+      pack: the shapes.
+      k: branches that exploration makes per prefix; 0 without exploration.
+      max_tokens: longest of them. With substitutes, rows must hold both in the worst mixture.
+
+    Raises:
+      ValueError: names the record, the size and the ladder.
+    """
+    for trunk in trunks:
+        _bucket_of(trunk, len(trunk.encoded.tokens), pack.trunk, "trunk tokens (pack.trunk)")
+        _bucket_of(trunk, len(trunk.path), pack.path, "tokens of path and reply (pack.path)")
+        if pack.patches and patches_of(trunk):
+            _bucket_of(trunk, patches_of(trunk), pack.patches, "vision patches (pack.patches)")
+        if k and pack.substitutes:
+            steps = trunk.ends[-1] - trunk.ends[0]
+            unsafe = 0 if trunk.unsafe_reply is None else steps + len(trunk.unsafe_reply)
+            longest = max(len(trunk.path), unsafe, max_tokens)
+            _bucket_of(trunk, longest, pack.branch, "tokens of a substitute (pack.branch)")
+            _bucket_of(trunk, longest - 1, (pack.row,), "tokens of a substitute in a row (pack.row)")
+            rows = rows_needed((k + 1) * len(trunk.prefixes), longest, pack.row)
+            _bucket_of(trunk, rows, pack.rows, "rows of branches and substitutes (pack.rows)")
+
+
+def rows_needed(count: int, longest: int, row: int) -> int:
+    """Rows that hold any `count` branches of at most `longest` tokens; first fit fills all but the last that far."""
+    return -(-count // max(1, row // max(1, longest - 1)))
+
+
+def patches_of(trunk: Trunk) -> int:
+    """Vision patches of a trunk's images, whole windows."""
+    return 0 if trunk.encoded.vision is None else len(trunk.encoded.vision.patches)
+
+
+def _bucket_of(trunk: Trunk, size: int, ladder: Ladder, what: str) -> int:
+    return bucket(size, ladder, f"record {trunk.record_id!r}: {what}")
 
 
 def _substitutes(trunk: Trunk, kept: Sequence[tuple[Branch, int]]) -> list[tuple[Branch, int]]:
@@ -314,22 +369,26 @@ def pack_trees(trees: Sequence[ReasoningTree], config: PackConfig, size: int | N
 
     Returns:
       The batch in numpy, and counters: merged and dropped branches, prefixes, executed and useful tokens.
+
+    Raises:
+      ValueError: a tree that exceeds the largest shapes; names its record.
     """
     size = len(trees) if size is None else size
+    trunks = [tree.trunk for tree in trees]
     if not trees or len(trees) > size:
         raise ValueError(f"{len(trees)} trees do not make a batch of {size}")
     parts = [usable_branches(tree, config) for tree in trees]
+    for trunk, (branches, _, _) in zip(trunks, parts, strict=True):
+        longest = max((len(b.tokens) - 1 for b in branches), default=0)
+        _bucket_of(trunk, longest, (config.row,), "tokens of a branch in a row (pack.row)")
     rows = [pack_rows([len(b.tokens) - 1 for b in branches], config.row) for branches, _, _ in parts]
-    shape = _shape(trees, [p[0] for p in parts], rows, config)
+    shape = _shape(trunks, [p[0] for p in parts], rows, config)
     packed = [_pack_one(t, b, v, r, shape, config) for t, (b, v, _), r in zip(trees, parts, rows, strict=True)]
     packed += [_padding_tree(packed[0])] * (size - len(trees))
-    examples = [tree.trunk.encoded for tree in trees]
+    examples = [trunk.encoded for trunk in trunks]
     examples += [examples[0]] * (size - len(trees))
-    patches = max((0 if e.vision is None else len(e.vision.patches)) for e in examples)
-    if patches and config.patches:
-        patches = bucket(patches, config.patches, "vision patches of a tree")
     batch = TreeBatch(
-        trunk=batch_inputs(examples, shape.trunk, patches or None),
+        trunk=batch_inputs(examples, shape.trunk, shape.patches or None),
         rows=Rows(*(np.stack(x) for x in zip(*(p.pop("rows") for p in map(dict, packed)), strict=True))),
         **{k: np.stack([p[k] for p in packed]) for k in packed[0] if k != "rows"},
     )
@@ -345,18 +404,27 @@ def pack_trees(trees: Sequence[ReasoningTree], config: PackConfig, size: int | N
 class _Shape(NamedTuple):
     trunk: int
     path: int
+    patches: int
     rows: int
     branches: int
     branch: int
 
 
-def _shape(trees, branches, rows, config: PackConfig) -> _Shape:
+def _shape(trunks: Sequence[Trunk], branches, rows, config: PackConfig) -> _Shape:
+    def fit(sizes: Sequence[int], ladder: Ladder, what: str) -> int:
+        largest = max(range(len(sizes)), key=sizes.__getitem__)
+        return _bucket_of(trunks[largest], sizes[largest], ladder, what)
+
+    patches = [patches_of(t) for t in trunks]
     return _Shape(
-        trunk=bucket(max(len(t.trunk.encoded.tokens) for t in trees), config.trunk, "trunk tokens"),
-        path=bucket(max(len(t.trunk.path) for t in trees), config.path, "tokens of path and reply"),
-        rows=bucket(max(len(r) for r in rows), config.rows, "rows of branches per tree"),
-        branches=bucket(max(len(b) for b in branches), config.branches, "branches per tree"),
-        branch=bucket(max((len(x.tokens) for b in branches for x in b), default=1), config.branch, "branch tokens"),
+        trunk=fit([len(t.encoded.tokens) for t in trunks], config.trunk, "trunk tokens (pack.trunk)"),
+        path=fit([len(t.path) for t in trunks], config.path, "tokens of path and reply (pack.path)"),
+        patches=fit(patches, config.patches or (max(patches),), "vision patches (pack.patches)") if any(patches) else 0,
+        rows=fit([len(r) for r in rows], config.rows, "rows of branches (pack.rows)"),
+        branches=fit([len(b) for b in branches], config.branches, "branches (pack.branches)"),
+        branch=fit(
+            [max((len(x.tokens) for x in b), default=1) for b in branches], config.branch, "branch tokens (pack.branch)"
+        ),
     )
 
 

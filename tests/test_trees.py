@@ -146,11 +146,52 @@ def test_pairs_are_favourable_against_unfavourable_of_one_prefix(items, limit):
         assert used.size == 0 or used.max() - used.min() <= 1  # spread evenly over the favourable branches
 
 
-def test_what_does_not_fit_is_refused_by_name():
+def test_what_does_not_fit_is_refused_by_record_and_name():
     tree = ReasoningTree(make_trunk(), (branch(0, range(1, 11), True),))
-    with pytest.raises(ValueError, match="trunk tokens: 13 exceeds the largest bucket 12"):
-        trees.pack_trees([tree], dataclasses.replace(CONFIG, trunk=(12,)))
-    with pytest.raises(ValueError, match=r"10 tokens does not fit into rows of 8; raise PackConfig\.row"):
-        trees.pack_trees([tree], dataclasses.replace(CONFIG, row=8))
-    with pytest.raises(ValueError, match="unknown='skip'"):
-        dataclasses.replace(CONFIG, unknown="skip")
+    fits = ReasoningTree(dataclasses.replace(make_trunk(), record_id="r0"), ())
+    for change, message in (
+        ({"trunk": (12,)}, r"trunk tokens \(pack\.trunk\): 13 exceeds the largest bucket 12"),
+        ({"path": (8,)}, r"path and reply \(pack\.path\): 9 exceeds the largest bucket 8"),
+        ({"row": 8}, r"a branch in a row \(pack\.row\): 9 exceeds the largest bucket 8"),
+        ({"branch": (9,)}, r"branch tokens \(pack\.branch\): 10 exceeds the largest bucket 9"),
+        ({"rows": (0,)}, r"rows of branches \(pack\.rows\): 1 exceeds the largest bucket 0"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            trees.pack_trees([fits, tree], dataclasses.replace(CONFIG, **change))
+        both_fail = {"trunk", "path"} & change.keys()
+        assert f"record {'r0' if both_fail else 'r1'!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"unknown": "skip"}, "unknown='skip'"),
+        ({"max_pairs": 0}, "max_pairs=0"),
+        ({"row": 0}, "row=0"),
+        ({"trunk": (32, 16)}, r"trunk=\(32, 16\): .*ascending"),
+        ({"patches": ()}, r"patches=\(\): .*at least one"),
+    ],
+)
+def test_shapes_that_cannot_work_are_refused_at_once(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_trunks_are_checked_before_exploration_by_record():
+    trunk = make_trunk(unsafe=np.arange(8, dtype=np.int32))  # substitutes of 9 and 6 + 8 tokens
+    check = trees.check_trunks
+    check([trunk], CONFIG)
+    for change, size in (({"trunk": (12,)}, 13), ({"path": (8,)}, 9)):
+        with pytest.raises(ValueError, match=rf"record 'r1': .*pack\.{next(iter(change))}\): {size} exceeds"):
+            check(iter([trunk]), dataclasses.replace(CONFIG, **change))
+    roomy = dataclasses.replace(CONFIG, substitutes=True, branch=(14,), row=13)
+    check([trunk], roomy, k=4, max_tokens=10)
+    for change, size in (({"branch": (13,)}, 14), ({"row": 12}, 13), ({"rows": (14,)}, 15)):
+        with pytest.raises(ValueError, match=rf"record 'r1': .*pack\.{next(iter(change))}\): {size} exceeds"):
+            check([trunk], dataclasses.replace(roomy, **change), k=4, max_tokens=10)
+    # What passes is packed: the worst mixture of branches and substitutes.
+    worst = [branch(i, [i, n, *range(8)], n < 4) for i in range(3) for n in range(4)]
+    tight = dataclasses.replace(roomy, rows=(15,), branches=(15,))
+    check([trunk], tight, k=4, max_tokens=10)
+    batch, _ = trees.pack_trees([ReasoningTree(trunk, tuple(worst))], tight)
+    assert batch.lengths[0].tolist() == [10] * 12 + [14, 12, 10]

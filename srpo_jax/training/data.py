@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import grain
 import jax
-import numpy as np
 
 from srpo_jax.exploration.trunks import render_trunk
 from srpo_jax.models.processor import Processor
@@ -33,17 +32,26 @@ class StepBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BatchConfig:
-    """Attributes:
-    trees: questions per micro-batch.
-    accumulate: micro-batches per update.
-    seed: of the order of questions.
-    threads: that pack batches ahead.
+    """How many questions an update reads, and in which order.
+
+    Attributes:
+      trees: questions per micro-batch, over all devices together; a multiple of the mesh's data × fsdp.
+      accumulate: micro-batches per update.
+      seed: of the order of questions.
+      threads: that pack batches ahead.
+
+    Raises:
+      ValueError: no question or no micro-batch.
     """
 
     trees: int
     accumulate: int = 1
     seed: int = 0
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.trees, self.accumulate) < 1:
+            raise ValueError(f"trees={self.trees}, accumulate={self.accumulate}: both must be at least 1")
 
 
 def step_batches(
@@ -84,8 +92,3 @@ class DemonstrationTrees(Sequence[ReasoningTree]):
     def __getitem__(self, index):
         one = self._demonstrations[index]
         return ReasoningTree(render_trunk(one.record, one.steps, one.reply, self._processor), ())
-
-
-def tokens_per_update(batch: TreeBatch) -> int:
-    """Tokens that an update executes, padding included."""
-    return int(np.prod(batch.trunk.tokens.shape) + np.prod(batch.rows.tokens.shape))

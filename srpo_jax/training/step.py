@@ -22,12 +22,24 @@ OVER_PAIRED = ("m_", "length_", "slope_", "pair_accuracy")  # statistics that on
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """Options of `losses.srpo`; `lambda_=0` is SFT on the reference path."""
+    """Options of `losses.srpo`; `lambda_=0` is SFT on the reference path.
+
+    Raises:
+      ValueError: a negative `lambda_`, or a `reference` or `balance` that `losses.srpo` does not know.
+    """
 
     lambda_: float = 0.3
     reference: str = "path"
     mask_shared_opening: bool = False
     balance: str = "prefix"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lambda_, int | float) and not self.lambda_ >= 0:  # a traced weight is its caller's business
+            raise ValueError(f"lambda_={self.lambda_}: the weight of the contrastive term is 0 or more")
+        if self.reference not in ("path", "favourable"):
+            raise ValueError(f"reference={self.reference!r}: use 'path' or 'favourable'")
+        if self.balance not in ("prefix", "pair"):
+            raise ValueError(f"balance={self.balance!r}: use 'prefix' or 'pair'")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +50,20 @@ class ComputeConfig:
       dtype: of activations and of the copy of the parameters that the model sees.
       remat: recompute each layer's activations in the backward pass, vision tower included.
       logprob_chunk: positions per chunk of the log-prob head.
+
+    Raises:
+      ValueError: no floating dtype, or an empty chunk.
     """
 
     dtype: str = "float32"
     remat: bool = True
     logprob_chunk: int = CHUNK
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype={self.dtype!r}: use 'float32', 'bfloat16' or 'float16'")
+        if self.logprob_chunk < 1:
+            raise ValueError(f"logprob_chunk={self.logprob_chunk}: at least 1")
 
 
 def srpo_loss(

@@ -7,7 +7,7 @@ import pytest
 
 from srpo_jax.data import scenes
 from srpo_jax.inputs import Encoded
-from srpo_jax.training.data import BatchConfig, DemonstrationTrees, step_batches, tokens_per_update
+from srpo_jax.training.data import BatchConfig, DemonstrationTrees, step_batches
 from srpo_jax.trees import PackConfig, ReasoningTree, Trunk
 
 PACK = PackConfig(trunk=(8,), path=(8,), rows=(0,), row=4, branches=(0,), branch=(1,))
@@ -60,12 +60,11 @@ def test_accumulation_splits_the_same_questions_into_micro_batches():
     assert three.batches.trunk.tokens.shape == (3, 2, 8)
     np.testing.assert_array_equal(one.batches.trunk.tokens[0], three.batches.trunk.tokens.reshape(6, 8))
     assert [f"q{i}" for i in three.batches.trunk.tokens[:, :, 0].ravel()] == three.record_ids
-    assert tokens_per_update(one.batches) == tokens_per_update(three.batches) == 48
 
 
 def test_a_tree_that_does_not_fit_is_an_error_of_the_run_not_of_a_thread():
     short = PackConfig(trunk=(4,), path=(8,), rows=(0,), row=4, branches=(0,), branch=(1,))
-    with pytest.raises(ValueError, match="trunk tokens: 6 exceeds"):
+    with pytest.raises(ValueError, match=r"record 'q\d': trunk tokens .*: 6 exceeds"):
         list(step_batches(SOURCE, short, BatchConfig(2), 0, 3))
 
 
@@ -77,3 +76,9 @@ def test_demonstrations_are_made_when_read(tiny_policy):
     assert one.trunk.record_id == example.record.id and one.branches == ()
     text = tiny_policy.processor.decode(one.trunk.path)
     assert example.reply in text and all(step in text for step in example.steps)
+
+
+@pytest.mark.parametrize("change", [{"trees": 0}, {"trees": 2, "accumulate": 0}])
+def test_an_update_without_questions_is_refused(change):
+    with pytest.raises(ValueError, match="at least 1"):
+        BatchConfig(**change)
