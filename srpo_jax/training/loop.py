@@ -32,7 +32,7 @@ from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.state import OptimConfig, TrainState, init_state
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
 from srpo_jax.training.workdir import MetricsLog
-from srpo_jax.trees import PackConfig, ReasoningTree, bucket, select_pairs, usable_branches
+from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
 
 
 class TrainingError(RuntimeError):
@@ -118,10 +118,14 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
     if config.rounds == 0:
         if len(data) and isinstance(data[0], Record):
             data = [ReasoningTree(make_trunk(record, policy.processor), ()) for record in data]
+            check_trunks((tree.trunk for tree in data), config.pack)
         return data, {}
     folder = workdir / "trees" / f"round_{round_:03d}"
     if not explored:
         _check_complete(folder, data)
+    elif round_ == 0:
+        trunks = (make_trunk(record, policy.processor) for record in data)
+        check_trunks(trunks, config.pack, config.explore.k, config.explore.max_tokens)
     dtype = jnp.dtype(config.compute.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
     key = jax.random.key(config.seed)
@@ -145,13 +149,7 @@ def _check_complete(folder: Path, records: Sequence[Record]) -> None:
 def check_round(
     statistics: Mapping[str, float], trees: Sequence[ReasoningTree], config: RunConfig, round_: int
 ) -> None:
-    """Raises TrainingError where a round of exploration is not worth learning from, ValueError where a path does not fit."""
-    for tree in trees:
-        bucket(
-            len(tree.trunk.path),
-            config.pack.path,
-            f"record {tree.trunk.record_id!r}: tokens of path and reply (pack.path)",
-        )
+    """Raises TrainingError where a round of exploration is not worth learning from."""
     for name, limit in (("truncated", config.max_truncated), ("unknown", config.max_unknown)):
         share = statistics[f"explore/{name}"]
         if share > limit:
