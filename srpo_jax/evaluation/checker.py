@@ -1,7 +1,9 @@
-"""The second checker of the embedded world: reads answers and steps, written from docs/world.md alone.
+"""The second checker of the embedded world: reads answers and steps as docs/world.md says.
 
-Training is judged by `judges.rules`; this module shares no code and no table with it, so a policy that learns to please a
-fault of one is found out by the other. Both read the whole text by a grammar: nothing is decided by a keyword.
+Training is judged by `judges.rules`. This module was written from the page by another hand and imports neither that judge
+nor the world's tables, so a policy that learns to please a slip of one implementation is found out by the other. It is
+no second opinion on the page: the tables, typed in again, and the meaning of every clause are the page's in both, and both
+read paths that `paths.parse` took apart. Nothing is decided by a keyword: the whole text is read by a grammar.
 """
 
 from __future__ import annotations

@@ -88,14 +88,17 @@ _REMARKS = {
     "caution": r"(?:please )?(?:be careful|take care|stay safe|watch out)",
     "courtesy": r"sorry|thank you|please",
 }
-_JOINT = re.compile(r"\s*[.;,!]\s*(?:(?:and|but|then|so)\b\s*)*|\s+(?:(?:and|but|then|so)\b\s*)+")
-_OPENING = re.compile(rf"({_YES})\s+(?=\w)")
+# Joining words belong to a punctuation mark that they follow; alone they join only what has a blank on either side, so
+# that "do so." is one clause and "bring shoes and" an unfinished one.
+_JOINING = "(?:and|but|then|so)"
+_JOINT = re.compile(rf" ?[.;,!](?: ?{_JOINING}(?=[ .;,!]|$))* ?| (?:{_JOINING} )+")
+_OPENING = re.compile(rf"({_YES}) (?=.)")
 
 
 def parse_answer(text: str) -> list[Act | Remark | Unparsed]:
     """The clauses of an answer, in order. Upper and lower case are the same; an empty text has no clauses."""
     clauses: list[Act | Remark | Unparsed] = []
-    for joint, clause in _cut(text.lower()):
+    for joint, clause in _cut(" ".join(text.lower().split())):
         clauses.append(_clause(clause, joint, clauses[-1] if clauses else None))
     return clauses
 
@@ -105,7 +108,7 @@ def _cut(text: str) -> Iterator[tuple[str, str]]:
     joint, start = "", 0
     ends = [*_JOINT.finditer(text), None]
     for match in ends:
-        clause = " ".join(text[start : match.start() if match else len(text)].split())
+        clause = text[start : match.start() if match else len(text)].strip()
         while opening := _OPENING.match(clause):
             yield joint, opening[1]
             joint, clause = "", clause[opening.end() :]
@@ -121,7 +124,7 @@ def _clause(text: str, joint: str, before: Act | Remark | Unparsed | None) -> Ac
         for pattern in patterns:
             if match := re.fullmatch(pattern, text):
                 # "do not run and jump": whether the "not" reaches the second verb cannot be told.
-                dangling = isinstance(before, Act) and before.refused and joint.strip() == "and"
+                dangling = isinstance(before, Act) and before.refused and set(joint.split()) == {"and"}
                 if pattern == _IMPERATIVE and dangling:
                     return Unparsed(text)
                 return Act(refused=refused, **match.groupdict())

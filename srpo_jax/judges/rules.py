@@ -43,23 +43,21 @@ def judge(record: Record, parsed: ParsedPath) -> Verdict:
 
 
 def judge_steps(record: Record, parsed: ParsedPath) -> list[StepVerdict]:
-    """One verdict for each of the six steps, whatever the status of the path; a missing step is unknown.
+    """One verdict for each step as found, whatever the status of the path, as an `Evaluator` needs.
+
+    A step whose heading has not the number and title of its place, or that stands beyond the last place, is unknown.
+    Steps that are missing have no verdict; `ParsedPath.deviations` tells of them.
 
     Raises:
       ValueError: if the record is not one of the embedded world.
     """
     facts = _facts(record)
     verdicts = []
-    for index, title in enumerate(STEP_TITLES):
-        number = index + 1
-        if index >= len(parsed.steps):
-            verdicts.append(StepVerdict(number, None, None, "missing"))
-            continue
-        step = parsed.steps[index]
-        if (step.number, step.title) != (number, title):
+    for number, step in enumerate(parsed.steps, 1):
+        if number > len(STEP_TITLES) or (step.number, step.title) != (number, STEP_TITLES[number - 1]):
             verdicts.append(StepVerdict(number, None, None, f"headed as step {step.number} {step.title!r}"))
-            continue
-        verdicts.append(_judge_step(number, parse_step(step.text), record.risky, facts))
+        else:
+            verdicts.append(_judge_step(number, parse_step(step.text), record.risky, facts))
     return verdicts
 
 
