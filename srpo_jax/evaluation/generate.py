@@ -8,7 +8,6 @@ One file may hold those of several policies and decodings; a killed run goes on,
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, rec
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.files import Store
 from srpo_jax.inputs import Encoded, batch_inputs
+from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.paths import ParsedPath, parse
-from srpo_jax.sharding import flatten
 from srpo_jax.trees import Ladder, bucket
 
 RESPONSES = "responses.jsonl"
@@ -127,7 +126,7 @@ def encode_prompts(records: Sequence[Record], processor: Processor) -> list[Prom
             encoded = processor.encode([open_image(image) for image in record.images], record.question)
         except ValueError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
-        prompts.append(Prompt(record.id, encoded, _prompt_fingerprint(encoded)))
+        prompts.append(Prompt(record.id, encoded, input_fingerprint(encoded)))
     return prompts
 
 
@@ -226,35 +225,3 @@ def _response(line: Mapping[str, Any]) -> Response:
     gap = float("inf") if line["gap"] is None else line["gap"]
     tokens = np.asarray(line["tokens"], np.int32)
     return Response(line["record_id"], line["sample"], tokens, line["stopped"], line["text"], gap)
-
-
-def _prompt_fingerprint(encoded: Encoded) -> str:
-    digest = hashlib.sha256(encoded.tokens.tobytes())
-    digest.update(encoded.positions.tobytes())
-    if encoded.vision is not None:
-        for array in encoded.vision:
-            digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()[:16]
-
-
-def params_fingerprint(params: Mapping[str, Any]) -> str:
-    """Sixteen hexadecimal digits that tell parameters apart: names, shapes, dtypes and two checksums of all bits.
-
-    The checksums are sums of integers, so they do not depend on how the arrays are sharded, and run where the arrays are.
-    """
-    flat = flatten(params)
-    sums = jax.device_get(_checksums(flat))
-    parts = [f"{path} {flat[path].dtype}{list(flat[path].shape)} {sums[path].tolist()}" for path in sorted(flat)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def checksum(x: jax.Array) -> jax.Array:
-        words = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(4, x.dtype.itemsize)}")).astype(jnp.uint32)
-        # Odd weights that differ by place, modulo 2^32: a changed or moved value changes the sum.
-        place = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
-        weights = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
-        return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * weights, dtype=jnp.uint32)])
-
-    return {path: checksum(jnp.asarray(x)) for path, x in flat.items()}

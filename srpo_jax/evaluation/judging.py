@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 from tqdm import tqdm
 
 from srpo_jax.data.records import Record
@@ -147,10 +148,17 @@ def _from_line(line: Mapping[str, Any], record: Record, response: Response, path
 
 
 def _record_digest(record: Record) -> str:
-    """Of all that an evaluator may read; pictures in memory are told apart by their pixels."""
-    images = [str(i) if isinstance(i, Path) else hashlib.sha256(i.tobytes()).hexdigest() for i in record.images]
+    """Of all that an evaluator may read; pictures are told apart by their content, wherever they are."""
+    images = [_image_digest(image) for image in record.images]
     facts = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("images", "meta")}
     return _digest(images, facts, dict(record.meta))
+
+
+def _image_digest(image: str | Path | PIL.Image.Image) -> str:
+    """Of a file's bytes or a picture's pixels; a file that is not there (responses may be judged without) goes by its name."""
+    if isinstance(image, PIL.Image.Image):
+        return hashlib.sha256(image.tobytes()).hexdigest()
+    return hashlib.sha256(Path(image).read_bytes()).hexdigest() if Path(image).is_file() else str(image)
 
 
 def _digest(*parts: Any) -> str:

@@ -2,11 +2,14 @@
 
 A folder of exploration holds two append-only files. `branches.jsonl` has one line per tree as it comes off the device,
 `verdicts.jsonl` one line per judged branch. A killed run reads what is there and goes on; nothing is sampled or asked twice.
+`round.json` says what the branches depend on: they are never taken for those of other parameters, settings or records.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,13 +23,15 @@ from tqdm import tqdm
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
-from srpo_jax.files import Store
+from srpo_jax.files import Store, write_json
 from srpo_jax.inputs import batch_inputs
+from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import ParsedPath, Status, parse
 from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
 
 JUDGE_FAILED = "judge_failed"
+ROUND_FILE = "round.json"
 
 
 class Verdict(Protocol):
@@ -73,7 +78,7 @@ class ExploreConfig:
 
 def explore(
     policy: Policy,
-    params: Mapping[str, Any],
+    params: Mapping[str, Any] | None,
     records: Sequence[Record],
     config: ExploreConfig,
     judge: Judge,
@@ -87,10 +92,10 @@ def explore(
 
     Args:
       policy: whose module, processor and tokenizer to use.
-      params: the parameters to explore with; the same for a whole round.
+      params: the parameters to explore with; the same for a whole round. None reads the trees of `folder` and samples none.
       records: with distinct ids.
       config: how to explore.
-      judge: called once per branch that has an answer.
+      judge: called once per branch that has an answer. Stored verdicts are used again under the same `judge_name` alone.
       key: random key of the run; a branch's randomness depends on (key, round, record, prefix, number) alone.
       round_: number of the round.
       folder: where to keep branches and verdicts as they come, and to resume from; None keeps nothing.
@@ -100,7 +105,8 @@ def explore(
       One tree per record, in order.
 
     Raises:
-      ValueError: duplicate record ids, a record that does not fit, or a folder explored from other records.
+      ValueError: duplicate record ids, a record that does not fit, a folder explored with other parameters, settings, key
+        or records (names what differs), or one that lacks trees where `params` is None.
       TypeError: a judge that returns something else than a verdict.
     """
     by_id = {record.id: record for record in records}
@@ -114,19 +120,68 @@ def explore(
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
-        if unknown := stored.keys() - by_id.keys():
+        if params is None and (missing := by_id.keys() - stored.keys()):
             raise ValueError(
-                f"{folder} holds trees of other records ({sorted(unknown)[:3]}); use another work directory"
+                f"{folder} lacks the trees of {len(missing)} records ({sorted(missing)[:3]}), and the parameters that explored "
+                "it have been updated since; restore branches.jsonl or start a new work directory"
             )
+        if folder is not None:
+            origin = _origin(params, trunks, config, key, round_)
+            _claim(Path(folder) / ROUND_FILE, origin, empty=not stored and not verdicts.lines)
         bar = tqdm(total=len(records), desc=f"explore round {round_}", unit="tree", disable=not progress)
         trees = []
         for tree in _sampled(policy, params, trunks, config, jax.random.fold_in(key, round_), stored, branches):
             trees.append(tree)
             bar.update()
         bar.close()
-        known = {(v["record_id"], v["prefix"], v["number"]): v for v in verdicts.lines}
+        name = judge_name(judge)
+        known = {(v["record_id"], v["prefix"], v["number"]): v for v in verdicts.lines if v.get("judge") == name}
         bar = tqdm(trees, desc=f"judge round {round_}", unit="tree", disable=not progress)
         return [_judged(tree, by_id[tree.trunk.record_id], policy, config, judge, known, verdicts) for tree in bar]
+
+
+def _origin(params, trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array, round_: int) -> dict[str, Any]:
+    """All that the branches of a round depend on, as JSON gives it back; `favourable` is applied afterwards."""
+    settings = {f"explore.{name}": value for name, value in dataclasses.asdict(config).items() if name != "favourable"}
+    records = {trunk.record_id: _trunk_fingerprint(trunk) for trunk in trunks}
+    origin = {"round": round_, "key": np.ravel(jax.random.key_data(key)).tolist(), **settings, "records": records}
+    if params is not None:
+        origin["parameters"] = params_fingerprint(params)
+    return json.loads(json.dumps(origin))
+
+
+def _trunk_fingerprint(trunk: Trunk) -> str:
+    return hashlib.sha256(f"{input_fingerprint(trunk.encoded)} {trunk.ends}".encode()).hexdigest()[:16]
+
+
+def _claim(file: Path, origin: dict[str, Any], empty: bool) -> None:
+    """Writes what a round depends on before its first tree; ValueError where what is there depends on something else."""
+    if empty:
+        write_json(file, origin)
+        return
+    if not file.exists():
+        raise ValueError(f"{file.parent} has no {file.name}, which tells what was explored; use another work directory")
+    found = json.loads(file.read_text(encoding="utf-8"))
+    theirs, ours = found.pop("records"), origin.pop("records")
+    lines = [f"{name} is {origin[name]}, there {found.get(name)}" for name in origin if origin[name] != found.get(name)]
+    if others := sorted(theirs.keys() ^ ours.keys()):
+        lines.append(f"it holds trees of other records ({len(others)} differ: {', '.join(others[:3])})")
+    if changed := sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]):
+        names = f"{len(changed)} records ({', '.join(changed[:3])})"
+        lines.append(f"{names} give another trunk now: question, image, path, grammar or tokenizer changed")
+    if lines:
+        raise ValueError(
+            f"{file.parent} was explored from something else: {'; '.join(lines)}; use another work directory"
+        )
+
+
+def judge_name(judge: Judge) -> str:
+    """What tells judges apart in stored verdicts: the attribute `name` (put a version in it), else "module:function"."""
+    name = getattr(judge, "name", None)
+    if isinstance(name, str):
+        return name
+    named = judge if hasattr(judge, "__qualname__") else type(judge)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: Store) -> Iterator[ReasoningTree]:
@@ -134,7 +189,7 @@ def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: 
     for start in range(0, len(trunks), config.trees):
         batch = trunks[start : start + config.trees]
         if all(trunk.record_id in stored for trunk in batch):
-            yield from (_stored_tree(stored[trunk.record_id], trunk, config) for trunk in batch)
+            yield from (ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in batch)
             continue
         for tree in explore_batch(policy, params, batch, config, key):
             if tree.trunk.record_id not in stored:
@@ -144,16 +199,6 @@ def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: 
 
 def _patches(trunk: Trunk) -> int:
     return 0 if trunk.encoded.vision is None else len(trunk.encoded.vision.patches)
-
-
-def _stored_tree(line: Mapping[str, Any], trunk: Trunk, config: ExploreConfig) -> ReasoningTree:
-    tree = ReasoningTree.from_json(line, trunk)
-    if len(tree.branches) != config.k * len(trunk.prefixes):
-        raise ValueError(
-            f"the stored tree of record {trunk.record_id!r} has {len(tree.branches)} branches, k={config.k} asks for "
-            f"{config.k * len(trunk.prefixes)}; use another work directory"
-        )
-    return tree
 
 
 def explore_batch(
@@ -217,7 +262,7 @@ def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, k
             continue
         line = known.get((record.id, branch.prefix, number))
         if line is None:
-            line = {"record_id": record.id, "prefix": branch.prefix, "number": number}
+            line = {"record_id": record.id, "prefix": branch.prefix, "number": number, "judge": judge_name(judge)}
             path = parse(branch_text(policy, tree.trunk, branch.prefix, branch.tokens), stopped=True, grammar=GRAMMAR)
             line |= _ask(judge, record, path, f"record {record.id!r}, prefix {branch.prefix}, branch {number}")
             store.append(line)

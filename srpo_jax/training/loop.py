@@ -2,7 +2,7 @@
 
 A run is a function of its configuration. Its work directory holds
 
-    config.json  metrics.jsonl  checkpoints/  trees/round_000/{branches,verdicts}.jsonl
+    config.json  metrics.jsonl  checkpoints/  trees/round_000/{round.json,branches.jsonl,verdicts.jsonl}
 
 and may be killed at any moment: the same command goes on from the newest checkpoint and ends with the same bits.
 """
@@ -26,10 +26,9 @@ from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, Judge, exploration_statistics, explore
 from srpo_jax.exploration.trunks import make_trunk
-from srpo_jax.files import Store
 from srpo_jax.models.policy import Policy
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
-from srpo_jax.training.state import OptimConfig, TrainState, init_state
+from srpo_jax.training.state import OptimConfig, TrainState, abstract_state, init_state
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
 from srpo_jax.training.workdir import MetricsLog
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
@@ -93,24 +92,37 @@ def train(
     """
     workdir = Path(workdir)
     optimizer = config.optim.make()
-    state = init_state(policy.params, optimizer, config.trainable, mesh)
-    update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
     with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpoints:
-        if checkpoints.latest() is not None:
-            state, _ = checkpoints.restore(None, state)
-            logging.info("resumed from step %d", int(state.step))
+        if checkpoints.latest() is None:
+            state = init_state(policy.params, optimizer, config.trainable, mesh)
+        else:  # into shapes: a fresh state beside the restored one would take the memory twice
+            state = _resume(checkpoints, abstract_state(policy.params, optimizer, config.trainable, mesh), config)
+        update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
         step = int(state.step)
         with MetricsLog(workdir, last_step=step) as log:
             for round_ in range(max(1, config.rounds)):
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates
                 if step >= stop:
                     continue
+                checkpoints.wait()  # what explores a round is on the disk before the first of its trees
                 trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, explored=step == first)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 batches = step_batches(trees, config.pack, batch, step, stop, first)
                 state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
                 step = int(state.step)
             return state.all_params()
+
+
+def _resume(checkpoints: Checkpointer, like: TrainState, config: RunConfig) -> TrainState:
+    state, metadata = checkpoints.restore(None, like)
+    expected = {"seed": config.seed, "next_update": int(state.step)}
+    if metadata != expected:
+        raise TrainingError(
+            f"the checkpoint of step {int(state.step)} in {checkpoints.directory} says {metadata}, this run {expected}; use "
+            "another work directory"
+        )
+    logging.info("resumed from step %d", int(state.step))
+    return state
 
 
 def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, explored: bool):
@@ -121,29 +133,18 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
             check_trunks((tree.trunk for tree in data), config.pack)
         return data, {}
     folder = workdir / "trees" / f"round_{round_:03d}"
-    if not explored:
-        _check_complete(folder, data)
-    elif round_ == 0:
+    if round_ == 0 and explored:
         trunks = (make_trunk(record, policy.processor) for record in data)
         check_trunks(trunks, config.pack, config.explore.k, config.explore.max_tokens)
-    dtype = jnp.dtype(config.compute.dtype)
-    params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
+    params = None  # those that explored a round under way are gone
+    if explored:
+        dtype = jnp.dtype(config.compute.dtype)
+        params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
     key = jax.random.key(config.seed)
     trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
     return trees, statistics if explored else {}
-
-
-def _check_complete(folder: Path, records: Sequence[Record]) -> None:
-    """Raises TrainingError where a round under way lacks trees: the parameters that explored them are gone."""
-    with Store.open(folder, "branches.jsonl") as store:
-        missing = {record.id for record in records} - {line["record_id"] for line in store.lines}
-    if missing:
-        raise TrainingError(
-            f"{folder} lacks the trees of {len(missing)} records ({sorted(missing)[:3]}), and the parameters that explored "
-            "them have been updated since; restore branches.jsonl or start a new work directory"
-        )
 
 
 def check_round(
@@ -178,10 +179,12 @@ def _round(
 ) -> TrainState:
     """The updates of one round."""
     place = sharding.batch_sharding(mesh, axis=1)
+    learning_rates = config.optim.learning_rates()
     bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step")
     for batch in batches:
         state, metrics = update(state, jax.device_put(batch.batches, place))
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        metrics["learning_rate"] = float(learning_rates(batch.step))
         _check_finite(metrics, batch)
         step = batch.step + 1
         log.write(step, metrics | {f"batch/{k}": v for k, v in batch.counters.items()} | statistics)

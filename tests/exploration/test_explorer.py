@@ -1,6 +1,8 @@
 """Promises of exploration: K branches of every proper prefix, nothing computed or asked twice, resumable line by line."""
 
 import dataclasses
+import json
+import shutil
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -17,10 +19,12 @@ from srpo_jax.exploration.explorer import (
     explore,
     explore_batch,
     is_favourable,
+    judge_name,
 )
 from srpo_jax.exploration.sampler import SampleConfig, sample_branches
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.inputs import batch_inputs
+from srpo_jax.judges import rules
 from srpo_jax.judges.verdict import Verdict
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.trees import Branch, ReasoningTree
@@ -32,6 +36,8 @@ KEY = jax.random.key(3)
 
 class Judge:
     """A judge that knows its mind by the answer's text, and remembers what it was asked."""
+
+    name = "sides-1"
 
     def __init__(self):
         self.asked = []
@@ -162,6 +168,7 @@ def test_a_cut_folder_resumes_to_the_same_files_and_nothing_is_asked_twice(
 ):
     """`2.5`: two lines and half of the third; None: the whole file."""
     trees, folder, first = whole
+    shutil.copy(folder / "round.json", tmp_path)
     for name, lines in (("branches", branch_lines), ("verdicts", verdict_lines)):
         (tmp_path / f"{name}.jsonl").write_bytes(cut((folder / f"{name}.jsonl").read_bytes(), lines))
     judge = Judge()
@@ -271,8 +278,62 @@ def test_records_and_folders_that_do_not_belong_together_are_refused(run, whole,
     changed = [dataclasses.replace(records[0], question="May one rest here?"), *records[1:]]
     with pytest.raises(ValueError, match=f"{records[0].id}.*another trunk"):
         run(Judge(), folder, records=changed)
-    with pytest.raises(ValueError, match=f"{records[0].id}.*k=2"):
-        run(Judge(), folder, config=dataclasses.replace(CONFIG, k=2))
+    [picture] = records[0].images
+    repainted = dataclasses.replace(records[0], images=(picture.rotate(180),))  # the same tokens
+    with pytest.raises(ValueError, match=f"1 records .{records[0].id}. give another trunk"):
+        run(Judge(), folder, records=[repainted, *records[1:]])
+    settings = [(name, {"config": dataclasses.replace(CONFIG, **{name: value})}) for name, value in CHANGES.items()]
+    for name, options in [*settings, ("round", {"round_": 1}), ("key", {"key": jax.random.key(4)})]:
+        with pytest.raises(
+            ValueError, match=rf"explored from something else: (explore\.)?{name} is [^;]*; use another"
+        ):
+            run(Judge(), folder, **options)
+
+
+CHANGES = {"k": 2, "temperature": 0.9, "max_tokens": 12, "trees": 2, "patches": (24,), "trunk": (160,)}
+
+
+def test_trees_of_other_parameters_are_never_taken(tiny_policy, whole, records, tmp_path):
+    """Not even where all of them are stored. Without parameters the trees are read, and never sampled."""
+    trees, folder, _ = whole
+    moved = {**tiny_policy.params, "head": tiny_policy.params["head"] * 1.001}
+    explored = lambda params, folder: explore(  # noqa: E731
+        tiny_policy, params, records, CONFIG, Judge(), KEY, folder=folder, progress=False
+    )
+    with pytest.raises(ValueError, match=r"something else: parameters is \w+, there \w+; use another"):
+        explored(moved, folder)
+    assert_same(explored(None, folder), trees)
+    shutil.copytree(folder, tmp_path / "cut")
+    lines = (folder / "branches.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut" / "branches.jsonl").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(ValueError, match=rf"cut lacks the trees of 1 records.*{records[-1].id}"):
+        explored(None, tmp_path / "cut")
+    (tmp_path / "cut" / "round.json").unlink()
+    with pytest.raises(ValueError, match=r"no round\.json.*another work directory"):
+        explored(moved, tmp_path / "cut")
+
+
+def test_another_judge_is_asked_again(run, whole, tmp_path):
+    """Verdicts are kept by judge: the second is asked everything, the first nothing when it comes back."""
+    trees, folder, first = whole
+    shutil.copytree(folder, tmp_path / "run")
+
+    class Stern(Judge):
+        name = "sides-2"
+
+        def __call__(self, record, path):
+            return dataclasses.replace(super().__call__(record, path), safe=False)
+
+    stern, back = Stern(), Judge()
+    harsh = run(stern, tmp_path / "run", config=dataclasses.replace(CONFIG, favourable="safe"))
+    assert stern.asked == first.asked
+    risky = [b.verdict for b in harsh[0].branches if b.status == "ok"]
+    assert risky and not any(risky)
+    assert_same(run(back, tmp_path / "run"), trees)
+    assert back.asked == []
+    stored = [json.loads(line)["judge"] for line in (tmp_path / "run" / "verdicts.jsonl").read_text().splitlines()]
+    assert Counter(stored) == {"sides-1": len(first.asked), "sides-2": len(first.asked)}
+    assert judge_name(rules.judge) == "srpo_jax.judges.rules:judge"
 
 
 def test_a_record_that_cannot_be_encoded_is_named(run, records, tmp_path):

@@ -123,8 +123,20 @@ def test_a_round_under_way_never_explores_with_later_parameters(finished, tiny_p
     shutil.rmtree(workdir / "checkpoints" / "4")
     file = workdir / "trees" / "round_001" / "branches.jsonl"
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:-1]))
-    with pytest.raises(TrainingError, match=rf"lacks the trees of 1 records.*{records[-1].id}"):
+    with pytest.raises(ValueError, match=rf"lacks the trees of 1 records.*{records[-1].id}"):
         train(tiny_policy, records, judge, RUN, workdir, mesh)
+
+
+def test_a_checkpoint_of_another_run_is_refused(finished, tiny_policy, records, mesh, tmp_path):
+    workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    with pytest.raises(TrainingError, match=r"step 4.*'seed': 0.*this run \{'seed': 5.*another work directory"):
+        train(tiny_policy, records, judge, dataclasses.replace(RUN, seed=5), workdir, mesh)
+
+
+def test_a_resumed_run_allocates_one_state(finished, tiny_policy, records, mesh, monkeypatch):
+    """It restores into shapes; a fresh state beside the restored one would need the memory twice."""
+    monkeypatch.setattr(loop, "init_state", None)
+    assert_equal(train(tiny_policy, records, judge, RUN, finished[0], mesh), finished[1])
 
 
 def test_metrics_hold_what_the_documentation_lists(finished):
@@ -140,6 +152,7 @@ def test_metrics_hold_what_the_documentation_lists(finished):
         # With the first update of a round alone.
         assert any(name.startswith("explore/") for name in line) == (line["step"] in (1, 3))
     assert lines[0]["explore/branches"] == 4 * 24
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-2] * 4)
     assert lines[0]["has_pairs"] > 0 and lines[0]["m_favourable"] < 0
 
 
