@@ -1,6 +1,8 @@
 """The recipe of the embedded base policy: supervised, on the world's imperfect demonstrations.
 
 python scripts/make_base_policy.py --workdir=runs/base --output=srpo_jax/assets/base_policy
+
+Expected: 25 minutes on two cores, a loss of about 0.10 at the end; the policy's card tells what comes out.
 """
 
 from srpo_jax.config import default_config
@@ -43,7 +45,7 @@ def get_config():
     with config.unlocked():
         config.model = MODEL
     config.data.n = 38_400
-    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(0,), branches=(0,), branch=(1,))
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,))
     config.batch.update(trees=32)
     config.compute.remat = False
     config.loss.lambda_ = 0.0

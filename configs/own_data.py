@@ -5,10 +5,13 @@
         --config.judge=my_judge:judge
 
 docs/data.md describes a record; pictures lie in the folder of the JSONL file, or in `--config.data.images`. A judge is a
-function (record, parsed path) -> srpo_jax.judges.verdict.Verdict; `PYTHONPATH=.` lets Python find `my_judge.py` here. Without
+function (record, parsed path) -> srpo_jax.judges.Verdict; `PYTHONPATH=.` lets Python find `my_judge.py` here. Without
 one, `--config.rounds=0` trains on the reference paths alone: a released checkpoint needs that first, because it does not yet
 write the path grammar, and a round whose branches are mostly malformed is refused. Then give the exported result (see
 scripts/export.py) as `policy.path`.
+
+Every combination of ladder steps in use is a program to compile, minutes each: at most 2 × 2 × 2 (trunk, patches, rows) of the
+update, 2 × 2 (trunk, patches) of exploration, one per temperature of evaluation. Ordinary photographs use one size of patches.
 
 No numbers are expected here: they depend on the checkpoint and the records.
 """
@@ -18,16 +21,18 @@ from srpo_jax.config import default_config
 
 def get_config():
     config = default_config()
-    config.policy.max_image_tokens = 768  # a picture of about 770 × 770 pixels; more cost memory in every trunk
+    config.policy.max_image_tokens = 768  # pictures of about 770 × 770 pixels together; more cost memory in every trunk
     config.policy.dtype = "bfloat16"
     config.data.name = "jsonl"
     config.judge = ""  # yours: "package.module:function"
 
-    # Trunk: image, question, six steps and the reply. A ladder of few sizes: each one in use compiles its own programs.
-    config.explore.update(k=4, temperature=1.0, max_tokens=512, trees=4, trunk=(1024, 1536, 2048))
-    config.pack.update(trunk=(1024, 1536, 2048), path=(512, 1024))
+    # Trunk: image, question, six steps and the reply. 768 image tokens are 3072 patches, and more in whole windows: up to
+    # 4096 for ordinary shapes, 8192 for strips and several pictures.
+    trunk, patches = (1536, 2048), (4096, 8192)
+    config.explore.update(k=4, temperature=1.0, max_tokens=512, trees=4, trunk=trunk, patches=patches)
+    config.pack.update(trunk=trunk, patches=patches, path=(1024,))
     # Branches: 24 of up to 512 tokens; most are shorter and share rows.
-    config.pack.update(rows=(8, 12, 16, 24), row=512, branches=(24,), branch=(256, 512))
+    config.pack.update(rows=(12, 24), row=512, branches=(24,), branch=(512,))
 
     # Full fine-tuning keeps a float32 master copy, its gradient and two moments: 16 bytes per trained parameter.
     # The vision tower stays as it is; drop the pattern to train it, too.
@@ -35,12 +40,14 @@ def get_config():
     config.compute.update(dtype="bfloat16", remat=True)
     config.mesh.update(data=1, fsdp=-1, tensor=1)  # parameters and questions over all devices
 
-    # Eight questions per update, one at a time. On several devices let `trees` be a multiple of their number.
+    # Eight questions per update, one at a time. On several devices `trees` must be a multiple of data × fsdp; on eight:
+    # trees=8, accumulate=1.
     config.batch.update(trees=1, accumulate=8)
     config.loss.lambda_ = 0.3
     config.optim.update(learning_rate=1e-6, warmup=10, weight_decay=0.0)
     config.rounds = 1
     config.updates = 200
     config.checkpoint_every = 50
-    config.eval.update(max_tokens=512, batch=16, trunk=(1024, 1536))
+    # Records kept out of training: --config.eval.path=FILE --config.eval.evaluator=my_judge:EVALUATOR (docs/evaluation.md)
+    config.eval.update(max_tokens=512, batch=16, trunk=(1024, 1536), patches=patches)
     return config

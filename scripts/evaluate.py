@@ -8,9 +8,10 @@ each adds its rows to results.json. Killed, the same command goes on.
 
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
+from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
@@ -27,19 +28,21 @@ NAME = flags.DEFINE_string("name", None, "Of its rows in the table; default: the
 
 def main(_):
     config = CONFIG.value
+    section = configs.eval_section(config)
+    decodings = evaluation.decodings(section)
+    records = evaluation.build_benchmark(section, configs.build_difficulty(config))
+    evaluator = evaluation.build_evaluator(section)
     policy, step = load(config)
-    records = evaluation.build_benchmark(config.eval)
-    evaluator = evaluation.build_evaluator(config.eval)
     prompts = encode_prompts(records, policy.processor)
     references = reference_rows(records, evaluator)
     name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
-    logging.info("%d prompts, evaluator %s, policy %s at step %d", len(records), evaluator.name, name, step)
     workdir = Path(WORKDIR.value)
-    for decoding in evaluation.decodings(config.eval):
+    for decoding in decodings:
         options = {"name": name, "step": step, "prompts": prompts}
         entry = evaluate(policy, policy.params, records, evaluator, decoding, workdir / "evaluation", **options)
         results = add_result(workdir / "results.json", entry, references)
     print(render(results))
+    print(f"{len(records)} prompts, evaluator {evaluator.name}, step {step}; see {workdir}/results.json")
 
 
 def load(config):
@@ -56,4 +59,4 @@ def load(config):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

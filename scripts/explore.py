@@ -8,10 +8,11 @@ Writes trees/branches.jsonl and trees/verdicts.jsonl to the work directory and p
 import json
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
 import srpo_jax as sx
+from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.exploration.explorer import exploration_statistics
 from srpo_jax.runs import is_run, load_run
@@ -51,4 +52,4 @@ def main(_):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -5,8 +5,9 @@ python scripts/export.py --checkpoint=runs/srpo --output=runs/srpo-hf [--step=64
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 
+from srpo_jax import cli
 from srpo_jax.runs import load_run
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
@@ -18,8 +19,8 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"
 def main(_):
     policy, step = load_run(CHECKPOINT.value, STEP.value)
     policy.save(OUTPUT.value, jax.tree.map(lambda x: x.astype(jnp.dtype(DTYPE.value)), policy.params))
-    logging.info("wrote step %d of %s to %s", step, CHECKPOINT.value, OUTPUT.value)
+    print(f"wrote step {step} of {CHECKPOINT.value} to {OUTPUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

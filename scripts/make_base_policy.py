@@ -10,10 +10,11 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 from transformers import Qwen2VLImageProcessorPil
 
+from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.data.world.demonstrations import Demonstrations
 from srpo_jax.data.world.tokenizer import build_tokenizer
@@ -55,12 +56,15 @@ def random_policy(config) -> Policy:
 
 def main(_):
     config = CONFIG.value
+    run, mesh = configs.run_config(config), configs.build_mesh(config)
+    configs.check_batch(run, mesh)
+    demonstrations = Demonstrations(config.data.seed, configs.build_difficulty(config), config.data.n)
     workdir = open_workdir(WORKDIR.value, config)
     policy = random_policy(config)
-    examples = DemonstrationTrees(Demonstrations(config.data.seed, size=config.data.n), policy.processor)
-    params = train(policy, examples, None, configs.run_config(config), workdir, configs.build_mesh(config))
+    params = train(policy, DemonstrationTrees(demonstrations, policy.processor), None, run, workdir, mesh)
     policy.save(Path(OUTPUT.value), jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+    print(f"wrote the policy of step {run.updates} to {OUTPUT.value}; the run is in {workdir}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -8,9 +8,10 @@ Both arms start from the same policy and see the same trunks for the same number
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
@@ -22,52 +23,53 @@ from srpo_jax.training.workdir import open_workdir
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where to keep everything; the same command resumes it.")
 
-ARMS = {"SFT": {"rounds": 0, "loss.lambda_": 0.0}, "SRPO": {}}
-
 
 def main(_):
     begin = time.time()
     base = CONFIG.value
-    workdir = open_workdir(WORKDIR.value, base)
+    section = configs.eval_section(base)
+    decodings = evaluation.decodings(section)
+    evaluator = evaluation.build_evaluator(section)
     mesh = configs.build_mesh(base)
-    policy = configs.build_policy(base, mesh)
+    arms = {name: prepare(base, changes, mesh) for name, changes in arms_of(base).items()}
+    tests = evaluation.build_benchmark(section, configs.build_difficulty(base))
     records = configs.build_records(base)
-    tests = evaluation.build_benchmark(base.eval)
+    workdir = open_workdir(WORKDIR.value, base)  # what cannot run leaves none behind
+    policy = configs.build_policy(base, mesh)
     prompts = encode_prompts(tests, policy.processor)
-    evaluator = evaluation.build_evaluator(base.eval)
     references = reference_rows(tests, evaluator)
 
     def report(name, params, step):
-        for decoding in evaluation.decodings(base.eval):
-            entry = evaluate(
-                policy,
-                params,
-                tests,
-                evaluator,
-                decoding,
-                workdir / "evaluation",
-                name=name,
-                step=step,
-                prompts=prompts,
-            )
+        options = {"name": name, "step": step, "prompts": prompts}
+        for decoding in decodings:
+            entry = evaluate(policy, params, tests, evaluator, decoding, workdir / "evaluation", **options)
             results = add_result(workdir / "results.json", entry, references)
         return results
 
     report("base", policy.params, 0)
-    for name, changes in ARMS.items():
-        config = base.copy_and_resolve_references()
-        config.update_from_flattened_dict(changes)
-        run = configs.run_config(config)
-        judge = configs.build_judge(config) if run.rounds else None
-        arm = open_workdir(workdir / name.lower(), config)
-        params = train(policy, records, judge, run, arm, mesh)
-        results = report(name, params, run.updates)
+    for name, (config, run, judge) in arms.items():
+        params = train(policy, records, judge, run, open_workdir(workdir / name.lower(), config), mesh)
+        results = report(name, params, run.updates * max(1, run.rounds))
     print(render(results))
     print(
-        f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {workdir}/results.json"
+        f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {workdir}/results.json, "
+        f"and {workdir}/sft and {workdir}/srpo for metrics, trees and checkpoints"
     )
-    logging.flush()
+
+
+def arms_of(base):
+    """What each arm changes; both make the same number of updates."""
+    return {"SFT": {"rounds": 0, "loss.lambda_": 0.0, "updates": base.updates * max(1, base.rounds)}, "SRPO": {}}
+
+
+def prepare(base, changes, mesh):
+    """The configuration of an arm, checked, and its judge."""
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    run = configs.run_config(config)
+    configs.check_batch(run, mesh)
+    return config, run, configs.build_judge(config) if run.rounds else None
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

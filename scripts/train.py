@@ -3,9 +3,10 @@
 python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo [--config.loss.lambda_=0.5]
 """
 
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import config_flags
 
+from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.training.loop import train
 from srpo_jax.training.workdir import open_workdir
@@ -18,14 +19,15 @@ def main(_):
     config = CONFIG.value
     run = configs.run_config(config)
     judge = configs.build_judge(config) if run.rounds else None
-    workdir = open_workdir(WORKDIR.value, config)  # what cannot run leaves none behind
     mesh = configs.build_mesh(config)
+    configs.check_batch(run, mesh)
+    workdir = open_workdir(WORKDIR.value, config)  # what cannot run leaves none behind
     policy = configs.build_policy(config, mesh)
     records = configs.build_records(config)
-    logging.info("%d records, mesh %s, policy %s", len(records), dict(mesh.shape), config.policy.path)
+    print(f"{len(records)} records, mesh {dict(mesh.shape)}, policy {config.policy.path}", flush=True)
     train(policy, records, judge, run, workdir, mesh)
-    logging.info("done; evaluate or export with --checkpoint=%s", workdir)
+    print(f"done: metrics, trees and checkpoints are in {workdir}; evaluate or export with --checkpoint={workdir}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main)

@@ -15,33 +15,59 @@ from srpo_jax.models.policy import Policy
 from srpo_jax.runs import is_run, load_run
 from srpo_jax.training.step import ComputeConfig, LossConfig
 from srpo_jax.training.step import srpo_loss as question_losses
-from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees
+from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees, rows_needed
 
 
 def load_policy(path: str | Path, **options: Any) -> Policy:
-    """The policy in a Hugging Face folder, or of a training run's newest checkpoint; see `models.policy.load_policy`."""
+    """The policy in a Hugging Face folder, or that of a training run.
+
+    Args:
+      path: a folder in Hugging Face's format, or a work directory of training.
+      **options: of a folder those of `models.policy.load_policy` (`dtype`, `max_image_tokens`, ...); of a run those of
+        `runs.load_run`: `step` (default: the newest checkpoint) and `mesh`. How a run reads images and text is part of
+        the run.
+
+    Raises:
+      FileNotFoundError: neither is there.
+      TypeError: an option of the other kind.
+    """
     return load_run(path, **options)[0] if is_run(path) else policies.load_policy(path, **options)
 
 
 def pack(trees: Sequence[ReasoningTree], policy: Policy | None = None, config: PackConfig | None = None) -> TreeBatch:
-    """Trees as one batch; without a `config`, in the smallest shapes of a coarse ladder that hold them.
+    """Trees as one batch.
 
-    `policy` is accepted for symmetry with the other functions; packing needs token ids only.
+    Args:
+      trees: at least one.
+      policy: whose vocabulary the trees must belong to; None does not check.
+      config: the shapes; None takes small ones from coarse ladders, so that similar trees share a compiled program.
+
+    Raises:
+      ValueError: no trees, a tree that does not fit `config`, or one with token ids that the policy does not have.
     """
-    del policy
+    if not trees:
+        raise ValueError("no trees to pack")
+    for tree in trees if policy is not None else ():
+        largest = max(int(x.max(initial=0)) for x in (tree.trunk.encoded.tokens, *(b.tokens for b in tree.branches)))
+        if largest >= policy.config.text.vocab_size:
+            raise ValueError(
+                f"record {tree.trunk.record_id!r}: token id {largest} is none of the policy's "
+                f"{policy.config.text.vocab_size}; the tree was explored with another tokenizer"
+            )
     return pack_trees(trees, config or _fitting(trees))[0]
 
 
 def _fitting(trees: Sequence[ReasoningTree]) -> PackConfig:
     longest = max((len(b.tokens) for t in trees for b in t.branches), default=1)
-    total = max(sum(len(b.tokens) for b in t.branches) for t in trees)
+    count = max(len(t.branches) for t in trees)
     row = policies.bucket(max(longest - 1, 1), 16)
+    steps = sorted({policies.bucket(n) for n in range(1, rows_needed(count, longest, row) + 1)})
     return PackConfig(
         trunk=(policies.bucket(max(len(t.trunk.encoded.tokens) for t in trees), 16),),
         path=(policies.bucket(max(len(t.trunk.path) for t in trees), 16),),
-        rows=tuple(range(0, 2 * total // row + 2)),  # first-fit decreasing leaves at most one row in two half empty
+        rows=(0, *steps),
         row=row,
-        branches=(max(len(t.branches) for t in trees),),
+        branches=(policies.bucket(count) if count else 0,),
         branch=(row + 1,),
     )
 

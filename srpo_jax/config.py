@@ -18,6 +18,7 @@ from ml_collections.config_dict import placeholder
 from srpo_jax import sharding
 from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
+from srpo_jax.data.world.difficulty import Difficulty
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.exploration.explorer import ExploreConfig, Judge
 from srpo_jax.exploration.trunks import GRAMMAR
@@ -28,7 +29,7 @@ from srpo_jax.training.data import BatchConfig
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.state import OptimConfig
 from srpo_jax.training.step import ComputeConfig, LossConfig
-from srpo_jax.trees import PackConfig
+from srpo_jax.trees import PATCHES, PackConfig, rows_needed
 
 EMBEDDED = "embedded"
 ASSETS = Path(__file__).parent / "assets"
@@ -53,10 +54,14 @@ def default_config() -> ml_collections.ConfigDict:
       policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
         `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's).
       data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet
-        file or hub id; `split`); `n` records (None for all), `seed` of the embedded world.
+        file or hub id; `split`); `images`: folder of the pictures (see `data.loaders`; empty for its default); `n` records
+        (None for all); `seed` and `difficulty` of the embedded world, see `data.world.difficulty.Difficulty`.
       judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
       mesh: sizes of the axes.
       eval: see `evaluation.config.default_config`.
+
+    Every shape of a batch is bounded by a ladder, so that the number of programs to compile is, too; None for a ladder of
+    `patches` pads to the largest of each batch instead.
     """
     config = ml_collections.ConfigDict()
     config.policy = {
@@ -67,9 +72,10 @@ def default_config() -> ml_collections.ConfigDict:
         "dtype": placeholder(str),
     }
     config.data = {"name": "scenes", "path": "", "images": "", "split": "train", "n": placeholder(int), "seed": 0}
+    config.data.difficulty = _defaults(Difficulty)
     config.judge = "rules"
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
-    config.explore = _defaults(ExploreConfig)
+    config.explore = _defaults(ExploreConfig, patches=PATCHES)
     config.loss = _defaults(LossConfig)
     config.optim = _defaults(OptimConfig, learning_rate=1e-5, steps=placeholder(int))
     config.pack = _defaults(
@@ -80,6 +86,7 @@ def default_config() -> ml_collections.ConfigDict:
         row=256,
         branches=(24,),
         branch=(256,),
+        patches=PATCHES,
     )
     config.batch = _defaults(BatchConfig, trees=8)
     config.compute = _defaults(ComputeConfig)
@@ -90,11 +97,11 @@ def default_config() -> ml_collections.ConfigDict:
     return config.lock()
 
 
-def _defaults(cls: type, **required: Any) -> dict[str, Any]:
-    """The dataclass's defaults, `required` for fields without one; None becomes a placeholder that a flag can fill."""
+def _defaults(cls: type, **given: Any) -> dict[str, Any]:
+    """The dataclass's defaults, save for those `given`; None becomes a placeholder that a flag can fill."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
-        default = required.get(field.name, field.default)
+        default = given.get(field.name, field.default)
         kind = int if "int" in str(field.type) else tuple
         values[field.name] = placeholder(kind) if default is None else default
     return values
@@ -103,18 +110,46 @@ def _defaults(cls: type, **required: Any) -> dict[str, Any]:
 def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     """The typed configuration of a run; `optim.steps` defaults to all updates of the run.
 
+    With `rounds=0` there are no branches, whatever `pack` says, and no padding for them.
+
     Raises:
       ConfigError: an unknown or missing field, or one that its section refuses.
     """
-    parts: dict[str, Any] = {name: _section(config, name, cls) for name, cls in SECTIONS.items() if name != "optim"}
     steps = config.optim.steps or config.updates * max(1, config.rounds)
-    parts["optim"] = _section(config, "optim", OptimConfig, steps=steps)
+    given: dict[str, dict[str, Any]] = {"optim": {"steps": steps}}
+    if config.rounds == 0:
+        given["pack"] = {"rows": (0,), "branches": (0,), "branch": (1,)}
+    parts: dict[str, Any] = {
+        name: _section(config[name], f"config.{name}", cls, **given.get(name, {})) for name, cls in SECTIONS.items()
+    }
     plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
     plain["trainable"] = tuple(plain["trainable"])
     run = RunConfig(**parts, **plain)
+    _check_values(run)
     if run.rounds:
         _check_shapes(run)
     return run
+
+
+def _check_values(run: RunConfig) -> None:
+    """Raises ConfigError for numbers that would stop the run late, or make it do nothing."""
+    least = {
+        "updates": (run.updates, 1),
+        "rounds": (run.rounds, 0),
+        "checkpoint_every": (run.checkpoint_every, 1),
+        "keep": (run.keep, 1),
+        "explore.k": (run.explore.k, 1),
+        "explore.max_tokens": (run.explore.max_tokens, 1),
+        "explore.trees": (run.explore.trees, 1),
+    }
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise ConfigError(f"config.{name}={value}: it must be at least {bound}")
+    for name in ("max_unknown", "max_truncated"):
+        if not 0 <= getattr(run, name) <= 1:
+            raise ConfigError(f"config.{name}={getattr(run, name)}: it is a share between 0 and 1")
+    if run.explore.temperature < 0:
+        raise ConfigError(f"config.explore.temperature={run.explore.temperature}: it must be 0 or more")
 
 
 def _check_shapes(run: RunConfig) -> None:
@@ -122,7 +157,7 @@ def _check_shapes(run: RunConfig) -> None:
     count, tokens = run.explore.k * len(GRAMMAR.titles), run.explore.max_tokens
     substitutes = len(GRAMMAR.titles) * run.pack.substitutes
     needs = {"branch": tokens, "row": tokens - 1, "branches": count + substitutes}
-    needs["rows"] = -(-count // (run.pack.row // max(1, tokens - 1) or 1))  # rows fill at least that far
+    needs["rows"] = rows_needed(count + substitutes, tokens, run.pack.row)
     for name, needed in needs.items():
         largest = run.pack.row if name == "row" else getattr(run.pack, name)[-1]
         if largest < needed:
@@ -137,20 +172,34 @@ def _check_shapes(run: RunConfig) -> None:
         )
 
 
-def _section(config: ml_collections.ConfigDict, name: str, cls: type, **override: Any) -> Any:
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in config[name].items()} | override
+def _section(section: ml_collections.ConfigDict, where: str, cls: type, **override: Any) -> Any:
+    """The dataclass `cls` of a section's fields; lists, as JSON gives them back, become tuples."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in section.items()} | override
     known = {field.name for field in dataclasses.fields(cls)}
     if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"config.{name} has no field {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
+        raise ConfigError(f"{where} has no field {', '.join(unknown)}; it takes {', '.join(sorted(known))}")
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"config.{name}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def build_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
     """The mesh of `config.mesh` over all devices."""
     return sharding.make_mesh(**config.mesh)
+
+
+def check_batch(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
+    """Raises ConfigError where the questions of a micro-batch cannot be split evenly over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if run.batch.trees % parts:
+        trees = -(-run.batch.trees // parts) * parts
+        accumulate = max(1, round(run.batch.trees * run.batch.accumulate / trees))
+        raise ConfigError(
+            f"config.batch.trees={run.batch.trees} questions cannot be split over data × fsdp = {parts} devices; set "
+            f"batch.trees={trees}, batch.accumulate={accumulate} ({trees * accumulate} questions per update, now "
+            f"{run.batch.trees * run.batch.accumulate}), or give config.mesh.tensor the devices"
+        )
 
 
 def policy_path(path: str) -> Path:
@@ -166,6 +215,18 @@ def build_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> 
     return load_policy(path, shardings=shardings, **options)
 
 
+def build_difficulty(config: ml_collections.ConfigDict) -> Difficulty:
+    """How hard the embedded world is, for records, demonstrations and evaluation alike."""
+    return _section(config.data.difficulty, "config.data.difficulty", Difficulty)
+
+
+def eval_section(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The `eval` section, its data set that of training where it names none; own data needs a path and an evaluator."""
+    section = config.eval.copy_and_resolve_references()
+    section.name = section.name or config.data.name
+    return section
+
+
 def build_records(config: ml_collections.ConfigDict) -> list[Record]:
     """The training records of `config.data`.
 
@@ -175,7 +236,7 @@ def build_records(config: ml_collections.ConfigDict) -> list[Record]:
     """
     data = config.data
     if data.name == "scenes":
-        return scenes.records(data.split, data.n, data.seed)
+        return scenes.records(data.split, data.n, data.seed, build_difficulty(config))
     if data.name not in ("jsonl", "datasets") or not data.path:
         raise ConfigError(
             f"config.data.name={data.name!r}, path={data.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
@@ -185,7 +246,7 @@ def build_records(config: ml_collections.ConfigDict) -> list[Record]:
     if data.name == "jsonl":
         records = loaders.load_jsonl(data.path, data.images or Path(data.path).parent, check_images=True)
     else:
-        records = loaders.load_hf(data.path, split=data.split, check_images=True)
+        records = loaders.load_hf(data.path, data.split, image_folder=data.images or None, check_images=True)
     return records if data.n is None else records[: data.n]
 
 

@@ -21,7 +21,7 @@ from srpo_jax.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = '''
-from srpo_jax.judges.verdict import Verdict
+from srpo_jax.judges import Verdict
 
 
 def judge(record, path):
@@ -34,7 +34,9 @@ SMALL = {
     "explore.max_tokens": 10,
     "explore.trees": 3,
     "explore.trunk": (320,),
+    "explore.patches": (512,),
     "pack.trunk": (320,),
+    "pack.patches": (512,),
     "pack.path": (256,),
     "pack.rows": (6, 12),
     "pack.row": 20,

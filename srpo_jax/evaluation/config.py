@@ -12,8 +12,10 @@ from ml_collections.config_dict import placeholder
 
 from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
+from srpo_jax.data.world.difficulty import Difficulty
 from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
 from srpo_jax.evaluation.generate import GenerateConfig
+from srpo_jax.trees import PATCHES
 
 HELD_OUT = ("test_id", "combination", "rendering", "wording")
 
@@ -26,9 +28,9 @@ def default_config() -> ml_collections.ConfigDict:
     """All fields of the section with their defaults.
 
     Fields:
-      name: "scenes" (the embedded world), "jsonl" or "datasets".
+      name: "scenes" (the embedded world), "jsonl" or "datasets"; empty for that of the training data.
       path: of the JSONL file; saved folder, Parquet file or hub id of a data set.
-      images: image folder of "jsonl"; the file's own folder if empty.
+      images: folder of the pictures; if empty, that of the JSONL file, or where `data.loaders.load_hf` keeps embedded ones.
       splits: of the embedded world or of the data set.
       n: records per split (of the embedded world an even number); None for all.
       data_seed: of the embedded world.
@@ -39,8 +41,8 @@ def default_config() -> ml_collections.ConfigDict:
     """
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     config = ml_collections.ConfigDict()
-    config.update(name="scenes", path="", images="", splits=HELD_OUT, n=placeholder(int), data_seed=0, evaluator="")
-    config.update(temperatures=(0.0, 1.0), patches=placeholder(tuple))
+    config.update(name="", path="", images="", splits=HELD_OUT, n=placeholder(int), data_seed=0, evaluator="")
+    config.update(temperatures=(0.0, 1.0), patches=PATCHES)
     config.update({name: defaults[name] for name in ("samples", "max_tokens", "batch", "trunk", "seed")})
     return config
 
@@ -65,22 +67,29 @@ def decodings(config: ml_collections.ConfigDict) -> list[GenerateConfig]:
         raise EvalConfigError(f"config.eval: {error}") from error
 
 
-def build_benchmark(config: ml_collections.ConfigDict) -> list[Record]:
+def build_benchmark(config: ml_collections.ConfigDict, difficulty: Difficulty | None = None) -> list[Record]:
     """The records of the section, split by split.
+
+    Args:
+      config: the section, its data set named.
+      difficulty: of the embedded world.
 
     Raises:
       EvalConfigError: an unknown data set, or a missing path.
       ValueError: broken records or an unknown split; names them.
     """
     if config.name == "scenes":
-        return [r for split in config.splits for r in scenes.records(split, config.n, config.data_seed)]
+        return [r for split in config.splits for r in scenes.records(split, config.n, config.data_seed, difficulty)]
     if config.name not in ("jsonl", "datasets") or not config.path:
         raise EvalConfigError(
-            f"config.eval.name={config.name!r}, path={config.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
+            f"config.eval.name={config.name!r}, path={config.path!r}: your own data is evaluated on records of yours, kept out "
+            "of training: set eval.path and eval.evaluator (and eval.name, 'jsonl' or 'datasets', if it is not that of the "
+            "training data); eval.name='scenes' measures the embedded world"
         )
     if config.name == "jsonl":
         return loaders.load_jsonl(config.path, config.images or Path(config.path).parent, check_images=True)[: config.n]
-    return [r for split in config.splits for r in loaders.load_hf(config.path, split, check_images=True)[: config.n]]
+    options: dict[str, Any] = {"image_folder": config.images or None, "check_images": True}
+    return [r for split in config.splits for r in loaders.load_hf(config.path, split, **options)[: config.n]]
 
 
 def build_evaluator(config: ml_collections.ConfigDict) -> Evaluator:
@@ -93,7 +102,9 @@ def build_evaluator(config: ml_collections.ConfigDict) -> Evaluator:
         try:
             return evaluator_for(config.name)
         except ValueError as error:
-            raise EvalConfigError(f"config.eval.evaluator is empty: {error}") from error
+            raise EvalConfigError(
+                f"config.eval.evaluator is empty: {error}, and name it here: 'package.module:NAME'"
+            ) from error
     module, _, name = config.evaluator.partition(":")
     try:
         found = getattr(importlib.import_module(module), name)

@@ -12,6 +12,7 @@ from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.evaluators import evaluator_for
 from srpo_jax.evaluation.generate import GenerateConfig, encode_prompts
 from srpo_jax.evaluation.results import ResultsError, add_result, read_results, render
+from srpo_jax.trees import PATCHES
 
 RECORDS = scenes.records("test_id", 4) + scenes.records("combination", 4)
 WORLD = evaluator_for("scenes")
@@ -106,12 +107,12 @@ def test_tables():
 
 def test_the_section_gives_benchmark_evaluator_and_decodings():
     config = evaluation.default_config()
-    config.update(n=2, samples=3, max_tokens=50, seed=5, trunk=[64])
+    config.update(name="scenes", n=2, samples=3, max_tokens=50, seed=5, trunk=[64])
     assert [r.meta["split"] for r in evaluation.build_benchmark(config)][::2] == list(evaluation.HELD_OUT)
     assert evaluation.build_evaluator(config) is WORLD
     greedy, sampled = evaluation.decodings(config)
     assert (greedy.temperature, greedy.samples, sampled.temperature, sampled.samples) == (0.0, 1, 1.0, 3)
-    assert (sampled.max_tokens, sampled.seed, sampled.trunk, sampled.patches) == (50, 5, (64,), None)
+    assert (sampled.max_tokens, sampled.seed, sampled.trunk, sampled.patches) == (50, 5, (64,), PATCHES)
 
 
 def test_an_evaluator_of_your_own(monkeypatch):
@@ -140,6 +141,7 @@ def test_an_evaluator_of_your_own(monkeypatch):
 )
 def test_sections_that_cannot_be_used(field, value, build, message):
     config = evaluation.default_config()
+    config.name = "scenes"
     config[field] = value
     with pytest.raises(ValueError, match=message):
         build(config)
