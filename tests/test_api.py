@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -100,6 +101,22 @@ def test_packing_needs_no_configuration_whatever_the_trees(tiny_policy, trees):
         packed = batch(*chosen)
         assert packed.weight.shape == (len(chosen),)
         np.testing.assert_array_equal(packed.path_lengths, [len(t.trunk.path) for t in chosen])
+
+
+def test_trees_of_another_tokenizer_are_refused(tiny_policy, trees):
+    trunk = trees[1].trunk
+    alien = dataclasses.replace(trees[1].branches[0], tokens=np.asarray([3, 512], np.int32))
+    mixed = [trees[0], sx.ReasoningTree(trunk, (alien,))]
+    with pytest.raises(ValueError, match=rf"record '{trunk.record_id}': token id 512 is none of the policy's 512"):
+        sx.pack(mixed, tiny_policy)
+    with pytest.raises(ValueError, match="no trees"):
+        sx.pack([], tiny_policy)
+
+
+def test_similar_trees_share_a_compiled_program(trees):
+    """Every axis is a step of a coarse ladder."""
+    shapes = {sx.pack(trees[:1] + chosen).rows.tokens.shape[1:] for chosen in ([t] for t in trees[1:])}
+    assert all(n in (0, 1, 2, 3, 4, 6, 8, 12, 16, 24) for n, _ in shapes)
 
 
 def test_a_policy_from_a_run_is_the_one_that_was_trained(tiny_policy, folder, tmp_path):

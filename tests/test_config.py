@@ -6,14 +6,22 @@ import importlib.util
 import json
 from pathlib import Path
 
+import datasets
+import jax
 import ml_collections
 import pytest
+from PIL import Image
 
 from srpo_jax import config as configs
+from srpo_jax.data import scenes
+from srpo_jax.evaluation.config import build_benchmark, build_evaluator
+from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.judges import rules
+from srpo_jax.models.policy import read_config
+from srpo_jax.models.processor import Processor
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.workdir import open_workdir
-from srpo_jax.trees import pack_rows
+from srpo_jax.trees import ReasoningTree, pack_rows, pack_trees
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -82,6 +90,20 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("pack.row", 200, r"config\.pack\.row ends at 200.*can need 255"),
         ("pack.rows", (4, 20), r"config\.pack\.rows ends at 20.*can need 24"),
         ("pack.trunk", (256,), r"config\.pack\.trunk ends at 256, config\.explore\.trunk at 4096"),
+        ("pack.patches", (128, 64), r"config\.pack: patches=\(128, 64\).*ascending"),
+        ("loss.lambda_", -0.1, r"config\.loss: lambda_=-0\.1"),
+        ("loss.reference", "pth", r"config\.loss: reference='pth': use 'path' or 'favourable'"),
+        ("loss.balance", "none", r"config\.loss: balance='none': use 'prefix' or 'pair'"),
+        ("compute.dtype", "bf16", r"config\.compute: dtype='bf16'"),
+        ("batch.trees", 0, r"config\.batch: trees=0"),
+        ("updates", 0, r"config\.updates=0: it must be at least 1"),
+        ("rounds", -1, r"config\.rounds=-1: it must be at least 0"),
+        ("checkpoint_every", 0, r"config\.checkpoint_every=0: it must be at least 1"),
+        ("keep", 0, r"config\.keep=0: it must be at least 1"),
+        ("max_unknown", 1.5, r"config\.max_unknown=1\.5: it is a share"),
+        ("max_truncated", -0.5, r"config\.max_truncated=-0\.5: it is a share"),
+        ("explore.k", 0, r"config\.explore\.k=0: it must be at least 1"),
+        ("explore.temperature", -1.0, r"config\.explore\.temperature=-1\.0"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_runs(field, value, message):
@@ -106,11 +128,75 @@ def test_rows_that_are_accepted_hold_every_exploration():
             assert len(pack_rows(mixed, row)) <= bound
 
 
-def test_training_on_references_needs_no_room_for_branches():
+@pytest.fixture(scope="module")
+def processor():
+    folder = configs.policy_path(configs.EMBEDDED)
+    return Processor.load(folder, read_config(folder))
+
+
+def test_training_on_references_has_no_room_for_branches(processor):
     config = configs.default_config()
     config.update(rounds=0)
-    config.pack.update(rows=(0,), branches=(0,), branch=(1,))
-    assert configs.run_config(config).pack.rows == (0,)
+    pack = configs.run_config(config).pack
+    assert (pack.rows, pack.branches, pack.branch) == ((0,), (0,), (1,))
+    bare = [ReasoningTree(make_trunk(record, processor), ()) for record in scenes.records("train", 2)]
+    batch, counters = pack_trees(bare, pack)
+    assert batch.rows.tokens.shape == (2, 0, pack.row) and batch.pairs.shape == (2, 0, 0)
+    assert counters["executed_tokens"] == 2 * batch.trunk.tokens.shape[1]
+
+
+def test_no_shape_of_a_batch_is_unbounded():
+    for file in FILES:
+        config = load(file)
+        run = configs.run_config(config)
+        assert run.pack.patches and run.explore.patches and config.eval.patches
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fits"), [((1, 4, 1), False), ((2, 2, 1), False), ((1, 2, 2), True), ((1, 1, 4), True)]
+)
+def test_questions_that_cannot_be_split_over_the_mesh_are_refused_with_the_remedy(sizes, fits):
+    config = configs.default_config()
+    config.batch.update(trees=2, accumulate=8)
+    mesh = jax.sharding.AbstractMesh(sizes, ("data", "fsdp", "tensor"))
+    if fits:
+        configs.check_batch(configs.run_config(config), mesh)
+        return
+    with pytest.raises(
+        configs.ConfigError, match=r"batch\.trees=2 .*4 devices; set batch\.trees=4, batch\.accumulate=4"
+    ):
+        configs.check_batch(configs.run_config(config), mesh)
+
+
+def test_difficulty_of_the_world_is_that_of_the_configuration():
+    config = configs.default_config()
+    assert configs.build_difficulty(config) == scenes.Difficulty()
+    config.data.n = 20
+    usual = [r.question for r in configs.build_records(config)]
+    config.update_from_flattened_dict({"data.difficulty.cue": 0.0, "data.difficulty.faintness": [0.3, 0.4]})
+    easy = [r.question for r in configs.build_records(config)]
+    assert easy != usual and easy == [r.question for r in scenes.records("train", 20, 0, scenes.Difficulty(cue=0.0))]
+    section = configs.eval_section(config)
+    section.n = 20
+    tests = build_benchmark(section, configs.build_difficulty(config))
+    assert [r.question for r in tests[:20]] == [
+        r.question for r in scenes.records("test_id", 20, 0, scenes.Difficulty(cue=0.0))
+    ]
+    config.data.difficulty.cue = 2.0
+    with pytest.raises(configs.ConfigError, match=r"config\.data\.difficulty: Difficulty\.cue is a share"):
+        configs.build_records(config)
+
+
+def test_evaluation_follows_the_training_data_unless_told_otherwise():
+    """The embedded world is never measured in place of the user's own data."""
+    assert configs.eval_section(configs.default_config()).name == "scenes"
+    section = configs.eval_section(own_data())
+    assert section.name == "jsonl"
+    with pytest.raises(ValueError, match=r"eval\.name='jsonl', path='': .*eval\.path and eval\.evaluator.*'scenes'"):
+        build_benchmark(section)
+    with pytest.raises(ValueError, match=r"config\.eval\.evaluator is empty.*'package\.module:NAME'"):
+        build_evaluator(section)
+    assert configs.eval_section(own_data(**{"eval.name": "scenes"})).name == "scenes"
 
 
 def own_data(**changes):
@@ -160,3 +246,12 @@ def test_the_first_n_records():
     config = configs.default_config()
     config.data.n = 4
     assert [r.risky for r in configs.build_records(config)] == [True, False, True, False]
+
+
+def test_pictures_of_a_data_set_lie_in_the_folder_that_was_named(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    row = {"images": ["a.png"], "question": "Hm?", "risky": False, "steps": ["x"] * 6, "safe_reply": "Yes."}
+    datasets.Dataset.from_list([row]).save_to_disk(tmp_path / "saved")
+    config = own_data(**{"data.name": "datasets", "data.path": str(tmp_path / "saved"), "data.images": str(tmp_path)})
+    [record] = configs.build_records(config)
+    assert record.images == (tmp_path / "a.png",)

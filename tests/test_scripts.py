@@ -21,13 +21,21 @@ from srpo_jax.files import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 JUDGE = '''
-from srpo_jax.judges import Verdict
+from srpo_jax.evaluation.evaluators import Evaluator
+from srpo_jax.judges import StepVerdict, Verdict
 
 
 def judge(record, path):
     """Likes answers of one word."""
     count = len(path.answer.split())
     return Verdict(safe=count == 1, effective=count == 1, reason=f"{count} words")
+
+
+def judge_steps(record, path):
+    return [StepVerdict(step.number, True, None, "") for step in path.steps]
+
+
+EVALUATOR = Evaluator("mine-1", judge, judge_steps)
 '''
 SIZES = ((40, 90), (200, 60), (33, 33), None)  # width, height; the last record has no picture
 SMALL = {
@@ -117,11 +125,13 @@ def trained(home) -> Path:
 @pytest.fixture(scope="module")
 def readers(home, trained) -> dict[str, tuple[int, str, str]]:
     """What the scripts say that read a finished run."""
-    world = ["--config.eval.n=2", "--config.eval.max_tokens=12", "--config.eval.batch=8", "--config.eval.trunk=(320,)"]
+    few = {"n": 2, "max_tokens": 12, "batch": 8, "trunk": (320,), "patches": (512,)}
+    few |= {"path": "data/records.jsonl", "evaluator": "my_judge:EVALUATOR"}
+    mine = [f"--config.eval.{field}={value}" for field, value in few.items()]
     running = {
         "explore": start(home, "explore.py", *own(workdir="trees"), "--checkpoint=run"),
         "export": start(home, "export.py", "--checkpoint=run", "--output=exported", "--dtype=float32"),
-        "evaluate": start(home, "evaluate.py", *own(workdir="evaluated"), "--checkpoint=run", *world),
+        "evaluate": start(home, "evaluate.py", *own(workdir="evaluated"), "--checkpoint=run", *mine),
     }
     return {name: finish(process) for name, process in running.items()}
 
@@ -152,12 +162,15 @@ def test_explore_reads_the_run_and_prints_shares_by_prefix(readers, home):
     assert mine != first  # of the trained parameters
 
 
-def test_evaluate_writes_results_of_the_embedded_world(readers, home):
+def test_evaluate_writes_results_of_own_records_and_an_own_evaluator(readers, home):
     code, out, err = readers["evaluate"]
     assert code == 0, err[-3000:]
     results = json.loads((home / "evaluated" / "results.json").read_text())
     assert [(e["name"], e["step"]) for e in results["evaluations"]] == [("run", 2), ("run", 2)]
+    assert {e["evaluator"] for e in results["evaluations"]} == {"mine-1"}
     assert "| run (greedy)" in out
+    assert "2 prompts, evaluator mine-1, step 2; see evaluated/results.json" in out
+    assert "Finished saving" not in err  # what libraries log
 
 
 def test_transformers_loads_the_export_and_gives_the_same_logits(readers, home, trained):
@@ -208,12 +221,13 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
         "architecture": own(model="alien", workdir="b"),
         "image": own(data="broken/records.jsonl", workdir="c"),
         "context": own(data="long/records.jsonl", workdir="d"),
+        "path": [*own(workdir="e"), "--config.pack.path=(64,)"],
     }
     said, names = {}, list(calls)
     for pair in (names[:2], names[2:4], names[4:]):
         running = {name: start(home, "train.py", *calls[name]) for name in pair}
         said |= {name: finish(process) for name, process in running.items()}
-    return said
+    return said | {"world": finish(start(home, "evaluate.py", *own(workdir="f"), "--checkpoint=run"))}
 
 
 @pytest.mark.parametrize(
@@ -224,10 +238,15 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
         ("architecture", ["alien", "llava", "qwen2_5_vl"]),
         ("image", ["line 2", "mine-1", "1.png", "damaged"]),
         ("context", ["mine-0", "context", "512", "shorten the question"]),
+        ("path", ["record 'mine-0'", "path and reply (pack.path)", "exceeds the largest bucket 64"]),
+        ("world", ["config.eval.name='jsonl'", "eval.path and eval.evaluator"]),
     ],
 )
-def test_mistakes_are_named(mistakes, name, parts):
+def test_mistakes_are_named(mistakes, home, name, parts):
+    """In one message; and nothing is explored before they are."""
     code, _, err = mistakes[name]
-    assert code != 0
+    assert code == 1
+    assert name == "field" or "Traceback" not in err, err[-3000:]
+    assert not (home / "e" / "trees").exists()
     for part in parts:
         assert part in err[-1500:], err[-3000:]

@@ -308,3 +308,14 @@ def test_the_policy_that_was_given_is_still_there_afterwards(finished, tiny_poli
     """Updates reuse the memory of their own state, never that of the caller's parameters."""
     assert finished
     assert not any(x.is_deleted() for x in jax.tree.leaves(tiny_policy.params))
+
+
+@pytest.mark.parametrize("rounds", [0, 2])
+def test_a_record_that_does_not_fit_stops_the_run_before_it_explores_or_learns(
+    tiny_policy, records, mesh, tmp_path, monkeypatch, rounds
+):
+    monkeypatch.setattr(loop, "explore", lambda *args, **kwargs: pytest.fail("explored"))
+    monkeypatch.setattr(loop, "step_batches", lambda *args, **kwargs: pytest.fail("learned"))
+    run = dataclasses.replace(RUN, rounds=rounds, pack=dataclasses.replace(RUN.pack, path=(60,)))
+    with pytest.raises(ValueError, match=r"record '.*': tokens of path and reply \(pack\.path\): \d+ exceeds"):
+        train(tiny_policy, records, judge, run, tmp_path, mesh)
