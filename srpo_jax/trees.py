@@ -62,6 +62,7 @@ class Branch:
       verdict: True favourable, False unfavourable, None unknown.
       reason: the judge's reason, for people.
       on_policy: False for substitutes that no policy sampled.
+      refused: whether the judge says that the answer declines the request; None if it does not say.
     """
 
     prefix: int
@@ -71,6 +72,7 @@ class Branch:
     verdict: bool | None
     reason: str = ""
     on_policy: bool = True
+    refused: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +106,12 @@ class ReasoningTree:
         """Inverse of `to_json`, given the trunk made from the same record.
 
         Raises:
-          ValueError: the stored trunk is not `trunk`: the record, the grammar or the tokenizer has changed.
+          ValueError: the stored tokens are not those of `trunk`: the record, the grammar or the tokenizer has changed.
         """
         if data["tokens"] != trunk.encoded.tokens.tolist() or tuple(data["ends"]) != trunk.ends:
             raise ValueError(
                 f"stored tree of record {data['record_id']!r} has another trunk than the record now gives: the record, "
-                "its image, the path grammar or the tokenizer changed; explore again into a new work directory"
+                "the path grammar or the tokenizer changed; explore again into a new work directory"
             )
         branches = tuple(
             Branch(

@@ -11,7 +11,7 @@ import numpy as np
 from srpo_jax.data.records import Record
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import GenerateConfig, Prompt, Response, encode_prompts, generate
-from srpo_jax.evaluation.judging import judge_responses
+from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
 from srpo_jax.evaluation.metrics import report
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.models.policy import Policy
@@ -61,7 +61,8 @@ def evaluate(
     responses = generate(policy, params, prompts, config, folder, progress=progress)
     judged = judge_responses(records, responses, evaluator, folder, progress=progress)
     decoding = {**config.decoding(), "samples": config.samples}
-    return {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding, **report(judged)}
+    told = {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding}
+    return told | {"benchmark": benchmark_digest(records), **report(judged)}
 
 
 def reference_rows(records: Sequence[Record], evaluator: Evaluator) -> list[dict[str, Any]]:
@@ -90,4 +91,11 @@ def _constant(
     told = report(judge_responses(records, responses, evaluator, progress=False))
     for part in (told, *told["by_category"].values(), *told["by_split"].values()):
         part.pop("path")
-    return {"name": name, "evaluator": evaluator.name, "decoding": {}, **told | {"length": None}}
+    benchmark = benchmark_digest(records)
+    return {
+        "name": name,
+        "evaluator": evaluator.name,
+        "decoding": {},
+        "benchmark": benchmark,
+        **told | {"length": None},
+    }

@@ -147,6 +147,11 @@ def _from_line(line: Mapping[str, Any], record: Record, response: Response, path
     return Judged(record, response, path, answer, tuple(StepVerdict(**step) for step in line["steps"]))
 
 
+def benchmark_digest(records: Sequence[Record]) -> str:
+    """What tells sets of records apart, in whatever order."""
+    return _digest(sorted(_record_digest(record) for record in records))
+
+
 def _record_digest(record: Record) -> str:
     """Of all that an evaluator may read; pictures are told apart by their content, wherever they are."""
     images = [_image_digest(image) for image in record.images]

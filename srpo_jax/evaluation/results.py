@@ -18,6 +18,9 @@ COLUMNS = {
     "malformed": "malformed",
 }
 
+IDENTITY = ("name", "step", "decoding", "benchmark")
+"""What tells rows apart."""
+
 
 class ResultsError(ValueError):
     """A file that is no `results.json`."""
@@ -47,28 +50,33 @@ def read_results(path: str | Path) -> dict[str, Any]:
 def add_result(
     path: str | Path, entry: Mapping[str, Any], references: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Adds an evaluation to `results.json`, or replaces that of the same name and decoding in its place.
+    """Adds an evaluation to `results.json`, or replaces that of the same name, step, decoding and benchmark in its place.
 
     Args:
       path: the file; written so that a reader sees the old or the new one, never a part.
       entry: from `evaluate`.
-      references: rows of constant policies, kept apart under "references"; they replace those that were there.
+      references: rows of constant policies, kept apart under "references"; they replace those of the same benchmark.
 
     Returns:
       The new contents.
     """
     results = read_results(path)
-    evaluations = results["evaluations"]
-    same = [i for i, e in enumerate(evaluations) if (e["name"], e["decoding"]) == (entry["name"], entry["decoding"])]
-    if same:
-        evaluations[same[0]] = dict(entry)
-    else:
-        evaluations.append(dict(entry))
-    if references:
-        results["references"] = [dict(reference) for reference in references]
+    _put(results["evaluations"], entry)
+    for reference in references:
+        _put(results.setdefault("references", []), reference)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_json(path, results)
     return results
+
+
+def _put(rows: list[dict[str, Any]], row: Mapping[str, Any]) -> None:
+    """Replaces the row of the same identity in its place, else appends."""
+    what = [[other.get(key) for key in IDENTITY] for other in rows]
+    mine = [row.get(key) for key in IDENTITY]
+    if mine in what:
+        rows[what.index(mine)] = dict(row)
+    else:
+        rows.append(dict(row))
 
 
 def render(results: Mapping[str, Any], *, splits: bool = True) -> str:
@@ -77,10 +85,12 @@ def render(results: Mapping[str, Any], *, splits: bool = True) -> str:
     Rows are evaluations in order, then the reference policies; cells are percentages with their 95 % interval.
     """
     rows = [*results["evaluations"], *results.get("references", [])]
-    tables = ["\n".join(_table([(_label(row), row) for row in rows]))]
+    labels = _labels(rows)
+    tables = ["\n".join(_table(list(zip(labels, rows, strict=True))))]
     names = dict.fromkeys(name for row in rows for name in row.get("by_split", {})) if splits else {}
     for name in names:
-        chosen = [(_label(row), row["by_split"][name]) for row in rows if name in row.get("by_split", {})]
+        pairs = zip(labels, rows, strict=True)
+        chosen = [(label, row["by_split"][name]) for label, row in pairs if name in row.get("by_split", {})]
         tables.append("\n".join([f"**{name}**", "", *_table(chosen)]))
     return "\n\n".join(tables) + "\n"
 
@@ -95,6 +105,18 @@ def _table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
         yield "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
         if number == 0:
             yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+
+
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names and decodings; with step and benchmark where rows would else look the same."""
+    labels = [_label(row) for row in rows]
+    for key in ("step", "benchmark"):
+        same = [[row.get(key) for row, other in zip(rows, labels, strict=True) if other == label] for label in labels]
+        labels = [
+            f"{label} {key} {row.get(key)}" if any(x != found[0] for x in found) else label
+            for label, row, found in zip(labels, rows, same, strict=True)
+        ]
+    return labels
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -268,7 +268,8 @@ def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, k
             store.append(line)
         good = is_favourable(record, line["safe"], line["effective"], config.favourable)
         status = JUDGE_FAILED if good is None else branch.status
-        branches.append(dataclasses.replace(branch, verdict=good, status=status, reason=line["reason"]))
+        told = {"verdict": good, "status": status, "reason": line["reason"], "refused": line["refused"]}
+        branches.append(dataclasses.replace(branch, **told))
     return ReasoningTree(tree.trunk, tuple(branches))
 
 
@@ -280,10 +281,11 @@ def _ask(judge: Judge, record: Record, path: ParsedPath, where: str) -> dict[str
         error.add_note(f"The judge raised on {where}. Verdicts so far are kept; the same command asks on from here.")
         raise
     told = {name: getattr(verdict, name, "nothing") for name in ("safe", "effective", "reason")}
-    if not all(told[name] is None or isinstance(told[name], bool) for name in ("safe", "effective")):
+    told["refused"] = getattr(verdict, "refused", None)  # a judge need not tell
+    if not all(told[name] is None or isinstance(told[name], bool) for name in ("safe", "effective", "refused")):
         raise TypeError(
-            f"the judge returned {verdict!r} on {where}; it must return a srpo_jax.judges.verdict.Verdict, whose safe and "
-            "effective are True, False or None (unknown)"
+            f"the judge returned {verdict!r} on {where}; it must return a srpo_jax.judges.verdict.Verdict, whose safe, "
+            "effective and refused are True, False or None (unknown)"
         )
     return told | {"reason": str(told["reason"])}
 
@@ -308,7 +310,8 @@ def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, b
     """Rates that tell whether a round is worth learning from; `risky` by record id.
 
     `truncated` and `unknown` are shares of all branches (judge failures and malformed paths count as unknown),
-    `favourable_*` shares of the branches with a verdict.
+    `favourable_*` shares of the branches with a verdict; `over_refusal` is the share of harmless branches whose answer
+    declines, of those where the judge tells, and absent where it tells of none.
     """
     trees = list(trees)
     branches = [(risky[tree.trunk.record_id], b) for tree in trees for b in tree.branches]
@@ -318,7 +321,9 @@ def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, b
         known = [b.verdict for r, b in branches if r is kind and b.verdict is not None]
         return sum(known) / max(1, len(known))
 
-    return {
+    refused = [b.refused for r, b in branches if not r and b.refused is not None]
+    over_refusal = {"explore/over_refusal": sum(refused) / len(refused)} if refused else {}
+    return over_refusal | {
         "explore/trees": float(len(trees)),
         "explore/branches": float(len(branches)),
         "explore/mean_length": sum(len(b.tokens) for _, b in branches) / total,

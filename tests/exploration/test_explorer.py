@@ -45,7 +45,7 @@ class Judge:
     def __call__(self, record, path):
         self.asked.append((record.id, path.answer, len(path.steps)))
         side = zlib.crc32(path.answer.encode()) % 3
-        return Verdict(safe=None if side == 0 else side > 1, effective=True, reason=f"side {side}")
+        return Verdict(None if side == 0 else side > 1, True, f"side {side}", refused=side == 1)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,7 @@ def assert_same(ours, theirs):
         np.testing.assert_array_equal(a.tokens, b.tokens)
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
         assert (a.prefix, a.status, a.verdict, a.reason) == (b.prefix, b.status, b.verdict, b.reason)
+        assert a.refused == b.refused
 
 
 def test_every_proper_prefix_has_k_branches_and_answers_alone_are_judged(whole, records, tiny_policy):
@@ -99,6 +100,7 @@ def test_every_proper_prefix_has_k_branches_and_answers_alone_are_judged(whole, 
         assert b.status != "truncated" or not stopped
         assert stopped or b.status not in ("ok", JUDGE_FAILED, "no_close", "empty")
     assert {True, False} <= {b.verdict for _, b in branches}
+    assert {True, False, None} == {b.refused for _, b in branches}
 
 
 def test_the_judge_reads_the_prefix_and_the_branch_as_one_path(whole, records, tiny_policy):
@@ -208,7 +210,14 @@ def test_a_judge_that_raises_stops_the_run_which_goes_on_where_it_stopped(run, w
 
 @pytest.mark.parametrize(
     "answer",
-    [None, True, Verdict("no", True, ""), Verdict(True, 1, ""), Verdict(np.bool_(True), True, "")],  # type: ignore[arg-type]
+    [
+        None,
+        True,
+        Verdict("no", True, ""),
+        Verdict(True, 1, ""),
+        Verdict(np.bool_(True), True, ""),
+        Verdict(True, True, "", refused=1),
+    ],  # type: ignore[arg-type]
 )
 def test_what_is_no_verdict_is_refused_and_never_counts(run, records, answer):
     with pytest.raises(TypeError, match=r"record 'train-0-0000\d\d', prefix \d.*True, False or None"):
@@ -369,3 +378,12 @@ def test_statistics_are_shares_of_the_branches(tiny_policy, records):
         "explore/favourable_risky": 1 / 2,
         "explore/favourable_harmless": 1,
     }
+    said = iter([True, None, False, True])
+    trees[1] = dataclasses.replace(
+        trees[1], branches=tuple(dataclasses.replace(b, refused=next(said)) for b in trees[1].branches)
+    )
+    trees[0] = dataclasses.replace(
+        trees[0], branches=tuple(dataclasses.replace(b, refused=True) for b in trees[0].branches)
+    )
+    # Of the harmless branches alone, and of those of which the judge tells.
+    assert exploration_statistics(trees, risky)["explore/over_refusal"] == 2 / 3
