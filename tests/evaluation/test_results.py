@@ -63,7 +63,7 @@ def test_verdicts_belong_to_the_picture_not_to_its_place(tmp_path):
     evaluator = Evaluator(
         "counts-1", answer, lambda record, path: [StepVerdict(s.number, True, True, "") for s in path.steps]
     )
-    first, second = (r.images[0] for r in RECORDS[:2])
+    first, second = (r.images[0] for r in (RECORDS[0], RECORDS[2]))
     first.save(tmp_path / "a.png")
     record = dataclasses.replace(RECORDS[0], images=(tmp_path / "a.png",))
     response = Response(record.id, 0, np.zeros(0, np.int32), True, "".join(GRAMMAR.render(record.steps, "No.")))
