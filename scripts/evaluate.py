@@ -17,6 +17,7 @@ from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.results import add_result, render
+from srpo_jax.files import lock_folder
 from srpo_jax.runs import is_run, load_run
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
@@ -37,6 +38,8 @@ def main(_):
     references = reference_rows(records, evaluator)
     name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
     workdir = Path(WORKDIR.value)
+    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
+    lock_folder(workdir / "evaluation")  # not the whole: it may be that of a run under way
     for decoding in decodings:
         options = {"name": name, "step": step, "prompts": prompts}
         entry = evaluate(policy, policy.params, records, evaluator, decoding, workdir / "evaluation", **options)
