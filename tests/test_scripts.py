@@ -162,6 +162,17 @@ def test_explore_reads_the_run_and_prints_shares_by_prefix(readers, home):
     assert mine != first  # of the trained parameters
 
 
+def test_explore_goes_on_with_the_step_it_began_with(readers, home):
+    """Not with what is the newest checkpoint by now: here it began with one that is gone."""
+    told = json.loads((home / "trees" / "config.json").read_text())
+    assert told["checkpoint_step"] == 2
+    (home / "older").mkdir()
+    (home / "older" / "config.json").write_text(json.dumps(told | {"checkpoint_step": 1}))
+    code, _, err = finish(start(home, "explore.py", *own(workdir="older"), "--checkpoint=run"))
+    assert code != 0 and "holds no step 1; it holds [2]" in err[-1500:]
+    assert [path.name for path in (home / "older").iterdir()] == ["config.json"]
+
+
 def test_evaluate_writes_results_of_own_records_and_an_own_evaluator(readers, home):
     code, out, err = readers["evaluate"]
     assert code == 0, err[-3000:]
@@ -221,7 +232,7 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
         "architecture": own(model="alien", workdir="b"),
         "image": own(data="broken/records.jsonl", workdir="c"),
         "context": own(data="long/records.jsonl", workdir="d"),
-        "path": [*own(workdir="e"), "--config.pack.path=(64,)"],
+        "path": [flag.replace("pack.path=(256,)", "pack.path=(64,)") for flag in own(workdir="e")],
     }
     said, names = {}, list(calls)
     for pair in (names[:2], names[2:4], names[4:]):
