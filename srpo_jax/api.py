@@ -47,12 +47,13 @@ def pack(trees: Sequence[ReasoningTree], policy: Policy | None = None, config: P
     """
     if not trees:
         raise ValueError("no trees to pack")
-    for tree in trees if policy is not None else ():
+    vocabulary = float("inf") if policy is None else policy.config.text.vocab_size
+    for tree in trees:
         largest = max(int(x.max(initial=0)) for x in (tree.trunk.encoded.tokens, *(b.tokens for b in tree.branches)))
-        if largest >= policy.config.text.vocab_size:
+        if largest >= vocabulary:
             raise ValueError(
-                f"record {tree.trunk.record_id!r}: token id {largest} is none of the policy's "
-                f"{policy.config.text.vocab_size}; the tree was explored with another tokenizer"
+                f"record {tree.trunk.record_id!r}: token id {largest} is none of the policy's {vocabulary}; the tree was "
+                "explored with another tokenizer"
             )
     return pack_trees(trees, config or _fitting(trees))[0]
 
