@@ -127,6 +127,24 @@ def test_a_round_under_way_never_explores_with_later_parameters(finished, tiny_p
         train(tiny_policy, records, judge, RUN, workdir, mesh)
 
 
+def test_what_explores_a_later_round_is_on_the_disk_first(tiny_policy, records, mesh, tmp_path, monkeypatch):
+    """Else a kill would leave trees of parameters that no checkpoint holds."""
+    saves, explored, inner = [], [], Checkpointer.save
+
+    def save(self, *args):
+        inner(self, *args)
+        saves.append(self)
+
+    def spy(*args, round_, **options):
+        explored.append((round_, [save._pending for save in saves[-1:]], (tmp_path / "checkpoints" / "2").is_dir()))
+        return explore(*args, round_=round_, **options)
+
+    monkeypatch.setattr(Checkpointer, "save", save)
+    monkeypatch.setattr(loop, "explore", spy)
+    train(tiny_policy, records, judge, dataclasses.replace(RUN, checkpoint_every=9), tmp_path, mesh)
+    assert explored == [(0, [], False), (1, [None], True)]
+
+
 def test_a_checkpoint_of_another_run_is_refused(finished, tiny_policy, records, mesh, tmp_path):
     workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
     with pytest.raises(TrainingError, match=r"step 4.*'seed': 0.*this run \{'seed': 5.*another work directory"):
