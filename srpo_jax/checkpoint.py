@@ -173,7 +173,7 @@ class Checkpointer:
 
     def _open(self) -> ocp.training.Checkpointer:
         if self._read_only:
-            return ocp.training.Checkpointer(self.directory)  # which keeps everything
+            return self._open_reader()
         names = sorted(path.name for path in self.directory.iterdir()) if self.directory.exists() else []
         for name in names:
             if _UNFINISHED in name:
@@ -183,6 +183,12 @@ class Checkpointer:
             preservation_policy=ocp.training.preservation_policies.LatestN(self._keep),
             cleanup_tmp_directories=True,
         )
+
+    def _open_reader(self) -> ocp.training.Checkpointer:
+        for _ in range(99):
+            with contextlib.suppress(FileNotFoundError):  # the writer deleted a step while Orbax was looking at it
+                return ocp.training.Checkpointer(self.directory)
+        return ocp.training.Checkpointer(self.directory)
 
     def _read(self, step: int, like: PyTree) -> tuple[PyTree, dict[str, Any]]:
         try:
@@ -202,7 +208,8 @@ class Checkpointer:
     def _set_aside(self, step: int, damage: Exception) -> None:
         if self._read_only:
             logging.warning("passing over %s: %s", self.directory / str(step), damage)
-            self._orbax.reload()
+            self._orbax.close()
+            self._orbax = self._open()  # which lists the steps anew
             return
         aside = self.directory / f"damaged-{step}"
         logging.warning("ignoring %s: %s; it is renamed to %s", self.directory / str(step), damage, aside.name)
