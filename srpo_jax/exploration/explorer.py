@@ -113,10 +113,7 @@ def explore(
     if len(by_id) != len(records):
         twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
-    trunks = [make_trunk(record, policy.processor) for record in records]
-    for trunk in trunks:
-        bucket(len(trunk.encoded.tokens), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
-        bucket(_patches(trunk), config.patches or (_patches(trunk),), f"record {trunk.record_id!r}: explore.patches")
+    trunks = _trunks(policy, records, config)
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
@@ -138,6 +135,15 @@ def explore(
         known = {(v["record_id"], v["prefix"], v["number"]): v for v in verdicts.lines if v.get("judge") == name}
         bar = tqdm(trees, desc=f"judge round {round_}", unit="tree", disable=not progress)
         return [_judged(tree, by_id[tree.trunk.record_id], policy, config, judge, known, verdicts) for tree in bar]
+
+
+def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) -> list[Trunk]:
+    """Trunks of the records; ValueError for one that no bucket holds."""
+    trunks = [make_trunk(record, policy.processor) for record in records]
+    for trunk in trunks:
+        bucket(len(trunk.encoded.tokens), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
+        bucket(_patches(trunk), config.patches or (_patches(trunk),), f"record {trunk.record_id!r}: explore.patches")
+    return trunks
 
 
 def _origin(params, trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array, round_: int) -> dict[str, Any]:
