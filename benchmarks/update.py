@@ -1,6 +1,6 @@
 """One SRPO update of a whole tree, packed as a comb, against the same update from naive padded pairs.
 
-python benchmarks/update.py [--prompt=1200 --step=60 --branch=256 --k=4] [--width=128 --layers=4 --vocab=2048] [--vision=196]
+python benchmarks/update.py [--prompt=1200 --step=60 --branch=256 --k=4] [--width=128 --layers=4 --vocab=2048] [--vision=192]
 
 The naive arm is what a pairwise preference trainer does: every pair is two sequences prompt + prefix + branch, padded to the
 longest, each with its own image encode, and the reference path is one more. Both arms use the same module, remat, log-prob
@@ -36,7 +36,7 @@ SIZES = {
     "width": (128, "width of decoder and vision tower"),
     "layers": (4, "layers of the decoder"),
     "vocab": (2048, "entries of the vocabulary"),
-    "vision": (196, "patches of the image, a multiple of 16; 0 for none"),
+    "vision": (192, "patches of the image, a multiple of 16; 0 for none"),
     "repeats": (3, "repetitions"),
 }
 for name, (default, text) in SIZES.items():
