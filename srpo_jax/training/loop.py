@@ -105,7 +105,7 @@ def train(
                 if step >= stop:
                     continue
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
-                trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, explored=step == first)
+                trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, at_start=step == first)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 batches = step_batches(trees, config.pack, batch, step, stop, first)
                 state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
@@ -125,7 +125,7 @@ def _resume(checkpoints: Checkpointer, like: TrainState, config: RunConfig) -> T
     return state
 
 
-def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, explored: bool):
+def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, at_start: bool):
     """The trees of a round and what to report of them with its first update."""
     if config.rounds == 0:
         if len(data) and isinstance(data[0], Record):
@@ -133,18 +133,18 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
             check_trunks((tree.trunk for tree in data), config.pack)
         return data, {}
     folder = workdir / "trees" / f"round_{round_:03d}"
-    if round_ == 0 and explored:
+    if round_ == 0 and at_start:
         trunks = (make_trunk(record, policy.processor) for record in data)
         check_trunks(trunks, config.pack, config.explore.k, config.explore.max_tokens)
     params = None  # those that explored a round under way are gone
-    if explored:
+    if at_start:
         dtype = jnp.dtype(config.compute.dtype)
         params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
     key = jax.random.key(config.seed)
     trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
-    return trees, statistics if explored else {}
+    return trees, statistics if at_start else {}
 
 
 def check_round(
