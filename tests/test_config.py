@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -13,10 +14,13 @@ import pytest
 from PIL import Image
 
 from srpo_jax import config as configs
+from srpo_jax import sharding
 from srpo_jax.data import scenes
 from srpo_jax.evaluation.config import build_benchmark, build_evaluator
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.judges import rules
+from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
+from srpo_jax.models.hf import param_shapes
 from srpo_jax.models.policy import read_config
 from srpo_jax.models.processor import Processor
 from srpo_jax.training.loop import RunConfig
@@ -255,3 +259,13 @@ def test_pictures_of_a_data_set_lie_in_the_folder_that_was_named(tmp_path):
     config = own_data(**{"data.name": "datasets", "data.path": str(tmp_path / "saved"), "data.images": str(tmp_path)})
     [record] = configs.build_records(config)
     assert record.images == (tmp_path / "a.png",)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_own_data_names_parameters_that_tied_and_untied_checkpoints_have(tied):
+    text = TextConfig(32, 16, 24, 2, 4, 2, 4, 1e4, (1, 1, 0), 1e-6, tied, 64)
+    vision = VisionConfig(2, 8, 12, 2, 3, 4, 2, 2, 8, (1,), 16)
+    paths = sharding.flatten(param_shapes(ModelConfig(text, vision, 1, 2, 3, 4)))
+    patterns = load(next(file for file in FILES if file.stem == "own_data")).trainable
+    assert all(any(re.search(pattern, path) for path in paths) for pattern in patterns)
+    assert not any(re.search(pattern, path) for path in paths if path.startswith("vision/") for pattern in patterns)
