@@ -102,8 +102,8 @@ def naive_arm(graphdef, tree: ReasoningTree):
         for plus in (b for b in here if b.verdict):
             for minus in (b for b in here if not b.verdict):
                 for branch in (plus, minus):
-                    e, end = trunk.encoded, trunk.ends[i]
-                    head = Encoded(e.tokens[:end], e.positions[:, :end], e.image_slots[:end], e.vision)
+                    end = trunk.ends[i]
+                    head = trunk.encoded.prefix(end)
                     sides.append(head.append(branch.tokens))
                     starts.append(end)
     examples, starts = [*sides, trunk.encoded], np.asarray([*starts, trunk.ends[0]])

@@ -72,6 +72,10 @@ class Encoded:
             vision=self.vision,
         )
 
+    def prefix(self, length: int) -> Encoded:
+        """The first `length` tokens of this example, with all its images."""
+        return Encoded(self.tokens[:length], self.positions[:, :length], self.image_slots[:length], self.vision)
+
     @property
     def next_position(self) -> int:
         """The position id of a text token that would follow."""

@@ -44,11 +44,6 @@ class Trunk:
         """int32[r]: the tokens of reference path and reply."""
         return self.encoded.tokens[self.ends[0] :]
 
-    def prompt(self) -> Encoded:
-        """The trunk up to the end of the generation prompt."""
-        e, stop = self.encoded, self.ends[0]
-        return Encoded(e.tokens[:stop], e.positions[:, :stop], e.image_slots[:stop], e.vision)
-
 
 @dataclasses.dataclass(frozen=True)
 class Branch:

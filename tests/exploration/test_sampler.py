@@ -106,8 +106,7 @@ def test_greedy_takes_the_best_token_and_stops_at_end_of_turn(policy):
     trunk = make_trunk(0)
     samples, _ = sample(policy, [trunk, trunk], SampleConfig(BUDGET, EOS, temperature=0.0))
     tokens = samples.tokens[0, 0, : samples.lengths[0, 0]]
-    e = trunk.encoded
-    head = Encoded(e.tokens[: ENDS[0]], e.positions[:, : ENDS[0]], e.image_slots[: ENDS[0]], e.vision)
+    head = trunk.encoded.prefix(ENDS[0])
     inputs = batch_inputs([head.append(tokens)], T)
     model = nnx.merge(graphdef, params)
     hidden, _ = model.trunk(inputs, model.encode_images(inputs.vision))

@@ -144,8 +144,7 @@ def naive_plan(batch_trees, total):
         spans = {}
         for prefix, tokens in seen:
             end = trunk.ends[prefix]
-            e = trunk.encoded
-            head = Encoded(e.tokens[:end], e.positions[:, :end], e.image_slots[:end], e.vision)
+            head = trunk.encoded.prefix(end)
             spans[prefix, tokens] = len(examples), end, end + len(tokens)
             examples.append(head.append(tokens))
         pairs_by_prefix = []
