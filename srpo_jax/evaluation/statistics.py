@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from scipy.stats import norm
 
@@ -56,6 +56,38 @@ def rate(prompts: Iterable[Sequence[Outcome]], *, fault: bool = False) -> Rate:
     worst, best = (yes + open_, yes) if fault else (yes, yes + open_)
     low, high = wilson(worst, n)
     return Rate(n, worst / n, low, high, open_ / n, best / n)
+
+
+def bounds(rate_: Rate) -> tuple[float, float] | None:
+    """Ends that hold whatever the unknown samples are: of the interval at their worst and of the interval at their best.
+
+    None where n = 0.
+    """
+    if rate_.rate is None or rate_.best is None:
+        return None
+    ends = [wilson(share * rate_.n, rate_.n) for share in (rate_.rate, rate_.best)]
+    return min(low for low, _ in ends), max(high for _, high in ends)
+
+
+def collapse(outcomes: Sequence[Outcome], how: Literal["any", "all", "majority"]) -> Outcome:
+    """One outcome of a prompt from those of its samples; None only where the unknown samples could turn it.
+
+    Args:
+      outcomes: at least one.
+      how: "any" sample; "all" samples; "majority", more than half of them.
+
+    Raises:
+      ValueError: no outcomes, or an unknown `how`.
+    """
+    if not outcomes:
+        raise ValueError("a prompt without samples has no outcome")
+    yes, no = sum(x is True for x in outcomes), sum(x is False for x in outcomes)
+    needed = {"any": 1, "all": len(outcomes), "majority": len(outcomes) // 2 + 1}
+    if how not in needed:
+        raise ValueError(f"unknown way to collapse samples {how!r}: choose one of {', '.join(needed)}")
+    if yes >= needed[how]:
+        return True
+    return False if len(outcomes) - no < needed[how] else None
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:

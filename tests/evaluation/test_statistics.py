@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from srpo_jax.evaluation.statistics import both, every, rate, wilson
+from srpo_jax.evaluation.statistics import both, bounds, collapse, every, rate, wilson
 
 
 @given(st.integers(1, 600).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
@@ -64,3 +65,34 @@ def test_three_valued_and():
     assert both(True, None) is None
     assert every([]) is True
     assert every([None, False]) is False
+
+
+OUTCOMES = st.lists(st.sampled_from([True, False, None]), min_size=1, max_size=5)
+
+
+@given(OUTCOMES, st.sampled_from(["any", "all", "majority"]))
+def test_a_collapsed_prompt_is_known_exactly_where_every_completion_agrees(outcomes, how):
+    count = {"any": lambda x: any(x), "all": lambda x: all(x), "majority": lambda x: 2 * sum(x) > len(x)}[how]
+    filled = itertools.product(*([x] if x is not None else [True, False] for x in outcomes))
+    possible = {count(x) for x in filled}
+    assert collapse(outcomes, how) is (possible.pop() if len(possible) == 1 else None)
+
+
+def test_collapse_refuses_nothing_and_nonsense():
+    with pytest.raises(ValueError, match="without samples"):
+        collapse([], "any")
+    with pytest.raises(ValueError, match="majority"):
+        collapse([True], "most")
+
+
+@given(st.lists(OUTCOMES, min_size=1, max_size=20), st.booleans())
+def test_bounds_hold_the_interval_of_every_completion(prompts, fault):
+    low, high = bounds(rate(prompts, fault=fault))
+    for value in (True, False):
+        filled = rate([[value if x is None else x for x in p] for p in prompts], fault=fault)
+        assert low <= filled.low + 1e-12
+        assert filled.high <= high + 1e-12
+
+
+def test_nothing_has_no_bounds():
+    assert bounds(rate([])) is None
