@@ -86,7 +86,7 @@ def packed_arm(graphdef, tree: ReasoningTree):
     batch, counters = pack_trees([tree], pack)
 
     def loss(params):
-        path, branch = tree_logprobs(nnx.merge(graphdef, params), batch, remat=True)
+        path, branch = tree_logprobs(nnx.merge(graphdef, params), batch, remat="full")
         data = losses.BranchLogprobs(branch, batch.lengths, batch.prefixes, batch.pairs)
         return losses.srpo(path, batch.path_lengths, data, lambda_=LAMBDA)[0][0]
 
@@ -116,7 +116,7 @@ def naive_arm(graphdef, tree: ReasoningTree):
             one, start = args
             model = nnx.merge(graphdef, params)
             one = jax.tree.map(lambda x: x[None], one)
-            hidden, _ = model.trunk(one, model.encode_images(one.vision, remat=True), remat=True)
+            hidden, _ = model.trunk(one, model.encode_images(one.vision, remat="full"), remat="full")
             scores = token_logprobs(hidden[:, :-1], model.output_embedding, one.tokens[:, 1:])[0]
             at = jnp.arange(1, longest)
             scored = (at >= start) & (at < one.lengths[0])

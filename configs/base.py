@@ -47,7 +47,7 @@ def get_config():
     config.data.n = 38_400
     config.pack.update(trunk=(144,), path=(112,), patches=(64,))
     config.batch.update(trees=32)
-    config.compute.remat = False
+    config.compute.remat = "none"
     config.loss.lambda_ = 0.0
     config.optim.update(learning_rate=2e-3, warmup=60, weight_decay=0.01)
     config.rounds = 0

@@ -37,7 +37,7 @@ def get_config():
     # Full fine-tuning keeps a float32 master copy, its gradient and two moments: 16 bytes per trained parameter.
     # The vision tower stays as it is; drop the pattern to train it, too.
     config.trainable = ("^(embed|head)$", "^layers/", "^norm/")  # one pattern: the 3B has no head of its own
-    config.compute.update(dtype="bfloat16", remat=True)
+    config.compute.update(dtype="bfloat16", remat="full")
     config.mesh.update(data=1, fsdp=-1, tensor=1)  # parameters and questions over all devices
 
     # Eight questions per update, one at a time. On several devices `trees` must be a multiple of data × fsdp; on eight:

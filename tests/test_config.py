@@ -99,6 +99,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("loss.reference", "pth", r"config\.loss: reference='pth': use 'path' or 'favourable'"),
         ("loss.balance", "none", r"config\.loss: balance='none': use 'prefix' or 'pair'"),
         ("compute.dtype", "bf16", r"config\.compute: dtype='bf16'"),
+        ("compute.remat", "all", r"config\.compute: remat='all': use 'none', 'selective' or 'full'"),
         ("batch.trees", 0, r"config\.batch: trees=0"),
         ("updates", 0, r"config\.updates=0: it must be at least 1"),
         ("rounds", -1, r"config\.rounds=-1: it must be at least 0"),

@@ -7,12 +7,14 @@ float32 and float64. Norms accumulate in float32 or wider.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 INIT_STD = 0.02  # Qwen's initializer_range
+Remat = Literal["none", "selective", "full"]
 
 
 def wide(x: jax.Array) -> jax.Array:
@@ -71,3 +73,21 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` modules as one, every parameter with a leading layer axis."""
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(depth))
+
+
+def rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
+    """The body of a scan over layers, with what it keeps of each layer for the backward pass.
+
+    "none" keeps every intermediate, "full" nothing but the layer's input. "selective" keeps the products with kernels and
+    computes the rest again: scores and softmax are the largest arrays of a layer (quadratic in the length) and norms,
+    rotations and activations the cheapest, while the products hold nearly all the work (Korthikanti et al. 2022).
+
+    Args:
+      body: of `jax.lax.scan`.
+      remat: one of the three.
+    """
+    if remat == "none":
+        return body
+    products = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    # Inside a scan forward and backward pass are separate loops: nothing that common subexpressions could merge.
+    return jax.checkpoint(body, policy=products if remat == "selective" else None, prevent_cse=False)

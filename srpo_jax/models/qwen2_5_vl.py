@@ -19,7 +19,7 @@ from srpo_jax.inputs import Inputs, VisionInputs
 from srpo_jax.models import attention
 from srpo_jax.models.attention import CombCache, KeyValues
 from srpo_jax.models.config import ModelConfig, TextConfig
-from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, RMSNorm, rotate, stacked
+from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, Remat, RMSNorm, rematerialised, rotate, stacked
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.vision import VisionTower
 from srpo_jax.trees import Rows
@@ -101,7 +101,7 @@ class Qwen2_5_VL(nnx.Module):
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps, rngs=rngs)
         self.head = None if text.tie_word_embeddings else nnx.Param(INIT_STD * jax.random.normal(rngs.params(), table))
 
-    def __call__(self, inputs: Inputs, *, remat: bool = False) -> jax.Array:
+    def __call__(self, inputs: Inputs, *, remat: Remat = "none") -> jax.Array:
         """Logits float32[B, T, V] of the next token."""
         hidden, _ = self.trunk(inputs, self.encode_images(inputs.vision, remat=remat), remat=remat)
         return head_logits(hidden, self.output_embedding)
@@ -111,7 +111,7 @@ class Qwen2_5_VL(nnx.Module):
         """float[V, D]; the input embedding where the two are tied."""
         return (self.embed if self.head is None else self.head)[...]
 
-    def encode_images(self, vision: VisionInputs | None, *, remat: bool = False) -> jax.Array | None:
+    def encode_images(self, vision: VisionInputs | None, *, remat: Remat = "none") -> jax.Array | None:
         """Merged image features float[B, N / merge², D] of each row, or None without images."""
         if vision is None:
             return None
@@ -127,7 +127,7 @@ class Qwen2_5_VL(nnx.Module):
         return jnp.where((image_slots >= 0)[..., None], picked.astype(x.dtype), x)
 
     def trunk(
-        self, inputs: Inputs, features: jax.Array | None, *, keep_kv: bool = False, remat: bool = False
+        self, inputs: Inputs, features: jax.Array | None, *, keep_kv: bool = False, remat: Remat = "none"
     ) -> tuple[jax.Array, KeyValues | None]:
         """Ordinary causal forward.
 
@@ -149,7 +149,7 @@ class Qwen2_5_VL(nnx.Module):
         return self.norm(x), kv
 
     def comb(
-        self, inputs: Inputs, rows: Rows, features: jax.Array | None, *, remat: bool = False
+        self, inputs: Inputs, rows: Rows, features: jax.Array | None, *, remat: Remat = "none"
     ) -> tuple[jax.Array, jax.Array]:
         """Trunks and the branches that leave them, in one pass through the layers.
 
@@ -217,14 +217,14 @@ class Qwen2_5_VL(nnx.Module):
         (x, own_k, own_v, _), _ = jax.lax.scan(one_layer, carry, (layers, cache.trunk_k, cache.trunk_v))
         return self.norm(x), cache._replace(own_k=own_k, own_v=own_v)
 
-    def _scan(self, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, *, remat: bool) -> tuple[Any, Any]:
+    def _scan(self, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, *, remat: Remat) -> tuple[Any, Any]:
         """Runs `step(layer, x) -> (x, kept)` over the stacked layers."""
         layer_def, layers = nnx.split(self.layers)
 
         def body(x, layer_state):
             return step(nnx.merge(layer_def, layer_state), x)
 
-        return jax.lax.scan(jax.checkpoint(body) if remat else body, x, layers)
+        return jax.lax.scan(rematerialised(body, remat), x, layers)
 
 
 def same_branch_mask(segments: jax.Array) -> jax.Array:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK, token_logprobs
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.trees import TreeBatch
 
 
 def tree_logprobs(
-    model: Qwen2_5_VL, batch: TreeBatch, *, remat: bool = False, chunk: int = CHUNK
+    model: Qwen2_5_VL, batch: TreeBatch, *, remat: Remat = "none", chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:
     """log π of every token of the reference path and of every branch.
 
     Args:
       model: the policy's module.
       batch: packed trees.
-      remat: recompute layer activations in the backward pass.
+      remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
       chunk: positions per chunk of the log-prob head.
 
     Returns:

@@ -14,7 +14,7 @@ from flax import nnx
 from srpo_jax.inputs import VisionInputs
 from srpo_jax.models.attention import attend
 from srpo_jax.models.config import VisionConfig
-from srpo_jax.models.layers import GatedMLP, Linear, RMSNorm, rotate, stacked, wide
+from srpo_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, rematerialised, rotate, stacked, wide
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -129,19 +129,19 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(config, rngs)
         self.config = config
 
-    def __call__(self, inputs: VisionInputs, *, remat: bool = False) -> jax.Array:
+    def __call__(self, inputs: VisionInputs, *, remat: Remat = "none") -> jax.Array:
         """Features of the merge units.
 
         Args:
           inputs: patches of each row, N a multiple of the patches in a window. Their dtype is computed in.
-          remat: recompute each layer in the backward pass instead of keeping its activations.
+          remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
 
         Returns:
           float[B, N / merge**2, out_hidden], in window order like the patches. Features of padding are meaningless.
         """
         return self.merger(self.encode(inputs, remat=remat))
 
-    def encode(self, inputs: VisionInputs, *, remat: bool = False) -> jax.Array:
+    def encode(self, inputs: VisionInputs, *, remat: Remat = "none") -> jax.Array:
         """float[B, N, hidden], the patches' states after the last layer. Arguments as in `__call__`."""
         size = inputs.patches.shape[1]
         if size % self.config.window_patches:
@@ -159,7 +159,7 @@ class VisionTower(nnx.Module):
             # With one kind of attention throughout there is no conditional to compile.
             return nnx.merge(graphdef, params)(x, angles, images, full if mixed else kinds[0]), None
 
-        return jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (layers, jnp.asarray(kinds)))[0]
+        return jax.lax.scan(rematerialised(layer, remat), x, (layers, jnp.asarray(kinds)))[0]
 
 
 def rotary_angles(positions: jax.Array, config: VisionConfig, dtype: jnp.dtype) -> jax.Array:

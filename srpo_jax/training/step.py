@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from srpo_jax import losses, sharding
+from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
 from srpo_jax.models.scoring import tree_logprobs
 from srpo_jax.training.state import TrainState, state_shardings
@@ -48,20 +49,23 @@ class ComputeConfig:
 
     Attributes:
       dtype: of activations and of the copy of the parameters that the model sees.
-      remat: recompute each layer's activations in the backward pass, vision tower included.
+      remat: what each layer, of the vision tower too, keeps for the backward pass: "none" everything, "selective" the
+        products with kernels, "full" its input alone.
       logprob_chunk: positions per chunk of the log-prob head.
 
     Raises:
-      ValueError: no floating dtype, or an empty chunk.
+      ValueError: no floating dtype, no such remat, or an empty chunk.
     """
 
     dtype: str = "float32"
-    remat: bool = True
+    remat: Remat = "full"
     logprob_chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype={self.dtype!r}: use 'float32', 'bfloat16' or 'float16'")
+        if self.remat not in get_args(Remat):
+            raise ValueError(f"remat={self.remat!r}: use 'none', 'selective' or 'full'")
         if self.logprob_chunk < 1:
             raise ValueError(f"logprob_chunk={self.logprob_chunk}: at least 1")
 

@@ -82,7 +82,7 @@ def random_tree(draw, max_length: int = LONGEST) -> trees.ReasoningTree:
 
 
 def packed_loss(params, graphdef, batch: trees.TreeBatch, **options):
-    path, branch = tree_logprobs(nnx.merge(graphdef, params), batch, remat=True, chunk=16)
+    path, branch = tree_logprobs(nnx.merge(graphdef, params), batch, remat="full", chunk=16)
     data = losses.BranchLogprobs(branch, batch.lengths, batch.prefixes, batch.pairs, batch.tokens)
     loss, aux = losses.srpo(
         path, batch.path_lengths, data, lambda_=LAMBDA, prefix_lengths=batch.prefix_lengths, **options

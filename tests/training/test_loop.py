@@ -32,7 +32,7 @@ RUN = RunConfig(
     optim=OptimConfig(1e-2, steps=4, schedule="constant"),
     pack=PackConfig((144,), (112,), (6, 12), 20, (24,), (10,), (16,)),
     batch=BatchConfig(trees=4),
-    compute=ComputeConfig(remat=False),
+    compute=ComputeConfig(remat="none"),
     updates=2,
     rounds=2,
     checkpoint_every=1,
