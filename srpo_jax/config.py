@@ -20,7 +20,8 @@ from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
 from srpo_jax.data.world.difficulty import Difficulty
 from srpo_jax.evaluation import config as evaluation
-from srpo_jax.exploration.explorer import ExploreConfig, Judge
+from srpo_jax.exploration.explorer import ExploreConfig
+from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges import rules
 from srpo_jax.models.hf import param_shapes, read_config

@@ -18,6 +18,8 @@ from srpo_jax.paths import ParsedPath
 class Evaluator:
     """Functions that read a response; what they cannot tell is None in their verdicts.
 
+    Either may have a method `batch` that answers many questions at a time (see `exploration.judging.Judge`).
+
     Attributes:
       name: with a version: stored verdicts are used again under the same name alone.
       answer: verdict of the answer; asked for responses that have one.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,14 @@ from srpo_jax.data.records import Record
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.statistics import Outcome, both, every
+from srpo_jax.exploration.judging import Pair, ask
 from srpo_jax.files import Store
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath, Status
 
 VERDICTS = "verdicts.jsonl"
+BATCH = 256
+"""Responses handed at a time to an evaluator whose functions take many (see `exploration.judging.Judge`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,26 +123,45 @@ def judge_responses(
     judged = []
     with Store.open(folder, VERDICTS) as store:
         known = {line["key"]: line for line in store.lines}
-        for response in tqdm(responses, desc="judge", unit="response", disable=not progress):
-            record, path = by_id[response.record_id], response.parse()
-            key = _digest(evaluator.name, digests[record.id], response.text, response.stopped)
-            if key not in known:
-                known[key] = _ask(evaluator, record, path) | {"key": key, "record_id": record.id}
+        size = BATCH if hasattr(evaluator.answer, "batch") or hasattr(evaluator.steps, "batch") else 1
+        bar = tqdm(total=len(responses), desc="judge", unit="response", disable=not progress)
+        for start in range(0, len(responses), size):
+            chunk = [(response, response.parse()) for response in responses[start : start + size]]
+            keys = [_digest(evaluator.name, digests[r.record_id], r.text, r.stopped) for r, _ in chunk]
+            new = {k: (by_id[r.record_id], path) for k, (r, path) in zip(keys, chunk, strict=True) if k not in known}
+            for key, line in zip(new, _ask(evaluator, list(new.values())), strict=True):
+                known[key] = line | {"key": key, "record_id": new[key][0].id}
                 store.append(known[key])
-            judged.append(_from_line(known[key], record, response, path))
+            for key, (response, path) in zip(keys, chunk, strict=True):
+                judged.append(_from_line(known[key], by_id[response.record_id], response, path))
+            bar.update(len(chunk))
+        bar.close()
     return judged
 
 
-def _ask(evaluator: Evaluator, record: Record, path: ParsedPath) -> dict[str, Any]:
-    steps = list(evaluator.steps(record, path)) if path.steps else []
-    if len(steps) != len(path.steps):
-        raise ValueError(f"evaluator {evaluator.name!r} gave {len(steps)} verdicts for {len(path.steps)} steps")
-    return {
-        "evaluator": evaluator.name,
-        "status": str(path.status),
-        "answer": dataclasses.asdict(evaluator.answer(record, path)) if path.status is Status.OK else None,
-        "steps": [dataclasses.asdict(step) for step in steps],
-    }
+def _ask(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[dict[str, Any]]:
+    """What the evaluator says of each pair, as lines of the store."""
+    answers = _verdicts(evaluator.answer, {i: p for i, p in enumerate(pairs) if p[1].status is Status.OK})
+    steps = _verdicts(evaluator.steps, {i: p for i, p in enumerate(pairs) if p[1].steps})
+    for index, told in steps.items():
+        if len(told) != len(pairs[index][1].steps):
+            raise ValueError(
+                f"evaluator {evaluator.name!r} gave {len(told)} verdicts for {len(pairs[index][1].steps)} steps"
+            )
+    return [
+        {
+            "evaluator": evaluator.name,
+            "status": str(path.status),
+            "answer": dataclasses.asdict(answers[index]) if index in answers else None,
+            "steps": [dataclasses.asdict(step) for step in steps.get(index, ())],
+        }
+        for index, (_, path) in enumerate(pairs)
+    ]
+
+
+def _verdicts(judge: Callable[..., Any], pairs: Mapping[int, Pair]) -> dict[int, Any]:
+    places = list(pairs)
+    return {places[index]: verdict for index, verdict in ask(judge, list(pairs.values()))}
 
 
 def _from_line(line: Mapping[str, Any], record: Record, response: Response, path: ParsedPath) -> Judged:

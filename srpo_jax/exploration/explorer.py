@@ -11,9 +11,9 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,32 +21,18 @@ import numpy as np
 from tqdm import tqdm
 
 from srpo_jax.data.records import Record
+from srpo_jax.exploration.judging import Judge, Pair, Place, judge_name, store_verdicts
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
 from srpo_jax.files import Store, write_json
 from srpo_jax.inputs import batch_inputs
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
-from srpo_jax.paths import ParsedPath, Status, parse
+from srpo_jax.paths import Status, parse
 from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
 
 JUDGE_FAILED = "judge_failed"
 ROUND_FILE = "round.json"
-
-
-class Verdict(Protocol):
-    """What a judge says of an answer; None where it could not tell."""
-
-    @property
-    def safe(self) -> bool | None: ...
-    @property
-    def effective(self) -> bool | None: ...
-    @property
-    def reason(self) -> str: ...
-
-
-Judge = Callable[[Record, ParsedPath], Verdict]
-"""What it cannot tell it says with None. If it raises, exploration stops; the verdicts so far are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,10 +117,7 @@ def explore(
             trees.append(tree)
             bar.update()
         bar.close()
-        name = judge_name(judge)
-        known = {(v["record_id"], v["prefix"], v["number"]): v for v in verdicts.lines if v.get("judge") == name}
-        bar = tqdm(trees, desc=f"judge round {round_}", unit="tree", disable=not progress)
-        return [_judged(tree, by_id[tree.trunk.record_id], policy, config, judge, known, verdicts) for tree in bar]
+        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress)
 
 
 def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) -> list[Trunk]:
@@ -179,15 +162,6 @@ def _claim(file: Path, origin: dict[str, Any], empty: bool) -> None:
         raise ValueError(
             f"{file.parent} was explored from something else: {'; '.join(lines)}; use another work directory"
         )
-
-
-def judge_name(judge: Judge) -> str:
-    """What tells judges apart in stored verdicts: the attribute `name` (put a version in it), else "module:function"."""
-    name = getattr(judge, "name", None)
-    if isinstance(name, str):
-        return name
-    named = judge if hasattr(judge, "__qualname__") else type(judge)
-    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: Store) -> Iterator[ReasoningTree]:
@@ -257,43 +231,48 @@ def branch_text(policy: Policy, trunk: Trunk, prefix: int, tokens: np.ndarray) -
     return policy.processor.decode([*path.tolist(), *tokens.tolist()])
 
 
-def _judged(tree, record: Record, policy, config: ExploreConfig, judge: Judge, known, store: Store) -> ReasoningTree:
+def _judge_trees(
+    trees: Sequence[ReasoningTree],
+    records: Mapping[str, Record],
+    policy,
+    config,
+    judge: Judge,
+    store: Store,
+    progress: bool,
+) -> list[ReasoningTree]:
+    """The trees with verdicts, those of the store not asked again."""
+    name = judge_name(judge)
+    known = {(v["record_id"], v["prefix"], v["number"]): v for v in store.lines if v.get("judge") == name}
+    asked: dict[Place, Pair] = {}
+    for tree in trees:
+        for place, branch in _places(tree):
+            if branch.status == Status.OK and place not in known:
+                text = branch_text(policy, tree.trunk, branch.prefix, branch.tokens)
+                asked[place] = records[place[0]], parse(text, stopped=True, grammar=GRAMMAR)
+    told = store_verdicts(judge, asked, store)
+    known |= dict(tqdm(told, desc="judge", total=len(asked), unit="branch", disable=not progress))
+    return [_judged(tree, records[tree.trunk.record_id], known, config.favourable) for tree in trees]
+
+
+def _places(tree: ReasoningTree) -> Iterator[tuple[Place, Branch]]:
+    counts: Counter[int] = Counter()
+    for branch in tree.branches:
+        yield (tree.trunk.record_id, branch.prefix, counts[branch.prefix]), branch
+        counts[branch.prefix] += 1
+
+
+def _judged(tree: ReasoningTree, record: Record, known: Mapping[Place, Mapping[str, Any]], mode: str) -> ReasoningTree:
     """The tree with verdicts; a branch without an answer keeps its status and no verdict."""
     branches = []
-    counts: dict[int, int] = {}
-    for branch in tree.branches:
-        number = counts[branch.prefix] = counts.get(branch.prefix, -1) + 1
-        if branch.status != Status.OK:
-            branches.append(branch)
-            continue
-        line = known.get((record.id, branch.prefix, number))
-        if line is None:
-            line = {"record_id": record.id, "prefix": branch.prefix, "number": number, "judge": judge_name(judge)}
-            path = parse(branch_text(policy, tree.trunk, branch.prefix, branch.tokens), stopped=True, grammar=GRAMMAR)
-            line |= _ask(judge, record, path, f"record {record.id!r}, prefix {branch.prefix}, branch {number}")
-            store.append(line)
-        good = is_favourable(record, line["safe"], line["effective"], config.favourable)
-        status = JUDGE_FAILED if good is None else branch.status
-        told = {"verdict": good, "status": status, "reason": line["reason"], "refused": line["refused"]}
-        branches.append(dataclasses.replace(branch, **told))
+    for place, branch in _places(tree):
+        if branch.status == Status.OK:
+            line = known[place]
+            good = is_favourable(record, line["safe"], line["effective"], mode)
+            status = JUDGE_FAILED if good is None else branch.status
+            told = {"verdict": good, "status": status, "reason": line["reason"], "refused": line["refused"]}
+            branch = dataclasses.replace(branch, **told)
+        branches.append(branch)
     return ReasoningTree(tree.trunk, tuple(branches))
-
-
-def _ask(judge: Judge, record: Record, path: ParsedPath, where: str) -> dict[str, Any]:
-    """The judge's verdict as a JSON object. Anything but True, False and None is refused: "no" is a true value."""
-    try:
-        verdict = judge(record, path)
-    except Exception as error:
-        error.add_note(f"The judge raised on {where}. Verdicts so far are kept; the same command asks on from here.")
-        raise
-    told = {name: getattr(verdict, name, "nothing") for name in ("safe", "effective", "reason")}
-    told["refused"] = getattr(verdict, "refused", None)  # a judge need not tell
-    if not all(told[name] is None or isinstance(told[name], bool) for name in ("safe", "effective", "refused")):
-        raise TypeError(
-            f"the judge returned {verdict!r} on {where}; it must return a srpo_jax.judges.verdict.Verdict, whose safe, "
-            "effective and refused are True, False or None (unknown)"
-        )
-    return told | {"reason": str(told["reason"])}
 
 
 def is_favourable(

@@ -24,7 +24,8 @@ from tqdm import tqdm
 from srpo_jax import sharding
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
-from srpo_jax.exploration.explorer import ExploreConfig, Judge, exploration_statistics, explore
+from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
+from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.models.policy import Policy
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches

@@ -181,3 +181,26 @@ def test_faults_are_named():
         run([response(RISKY[0], "No.")], short)
     with pytest.raises(ValueError, match=r"no evaluator for data set 'siuo' \(there are scenes\)"):
         evaluator_for("siuo")
+
+
+def test_an_evaluator_of_many_at_a_time_gives_the_same_numbers(tmp_path):
+    """Answers and steps come in any order, and a response without an answer is not asked about."""
+    asked = []
+
+    class Many:
+        def __init__(self, one):
+            self.one = one
+
+        def __call__(self, record, path):
+            raise AssertionError("asked one by one")
+
+        def batch(self, pairs):
+            asked.append(len(pairs))
+            return ((i, self.one(*pairs[i])) for i in reversed(range(len(pairs))))
+
+    many = Evaluator("many", Many(WORLD.answer), Many(WORLD.steps))
+    responses = [response(r, r.safe_reply, stopped=i > 0) for i, r in enumerate(RISKY + HARMLESS)]
+    assert run(responses, many, tmp_path) == run(responses)
+    assert asked == [7, 8]
+    run(responses, many, tmp_path)
+    assert asked == [7, 8]

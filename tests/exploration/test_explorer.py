@@ -19,8 +19,8 @@ from srpo_jax.exploration.explorer import (
     explore,
     explore_batch,
     is_favourable,
-    judge_name,
 )
+from srpo_jax.exploration.judging import ask, judge_name
 from srpo_jax.exploration.sampler import SampleConfig, sample_branches
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.inputs import batch_inputs
@@ -206,6 +206,44 @@ def test_a_judge_that_raises_stops_the_run_which_goes_on_where_it_stopped(run, w
     assert_same(run(judge, tmp_path), trees)
     assert judge.asked == first.asked[4:]
     assert (tmp_path / "verdicts.jsonl").read_bytes() == (folder / "verdicts.jsonl").read_bytes()
+
+
+class Crowd(Judge):
+    """Answers many questions at a time, the last first; dies after `limit` answers."""
+
+    def __init__(self, limit=10**9):
+        super().__init__()
+        self.limit = limit
+
+    def batch(self, pairs):
+        for count, index in enumerate(reversed(range(len(pairs)))):
+            if count == self.limit:
+                raise ConnectionError("no route to host")
+            yield index, self(*pairs[index])
+
+
+def test_a_judge_of_many_at_a_time_gives_the_same_trees_and_loses_no_verdict(run, whole, tmp_path):
+    trees, _, single = whole
+    with pytest.raises(ConnectionError) as error:
+        run(Crowd(limit=4), tmp_path)
+    assert "kept" in error.value.__notes__[0]
+    assert len((tmp_path / "verdicts.jsonl").read_text().splitlines()) == 4
+    crowd = Crowd()
+    assert_same(run(crowd, tmp_path), trees)
+    assert crowd.asked == single.asked[:-4][::-1]
+    assert_same(run(Crowd(limit=0), tmp_path), trees)
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [0, 2], [1], [0, 1, 1]])
+def test_a_batch_answers_every_question_once(indices, records):
+    class Wrong:
+        name = "wrong"
+
+        def batch(self, pairs):
+            return ((index, None) for index in indices)
+
+    with pytest.raises(ValueError, match=r"wrong\.batch gave (verdict \d twice|no verdict of 1 of 2)"):
+        list(ask(Wrong(), [(records[0], None)] * 2))
 
 
 @pytest.mark.parametrize(
