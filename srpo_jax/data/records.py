@@ -79,6 +79,11 @@ class Record:
         if problems:
             raise RecordError(self.id, problems)
 
+    @property
+    def cluster(self) -> str:
+        """The same for a record and its twin, which are not independent of each other."""
+        return self.id if self.twin is None else min(self.id, self.twin)
+
 
 def _type_problems(record: Record) -> list[tuple[str, str]]:
     expected = {

@@ -13,6 +13,8 @@ from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import GenerateConfig, Prompt, Response, encode_prompts, generate
 from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
 from srpo_jax.evaluation.metrics import report
+from srpo_jax.evaluation.provenance import provenance
+from srpo_jax.evaluation.samples import samples_name, write_samples
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.models.policy import Policy
 
@@ -31,6 +33,7 @@ def evaluate(
     name: str = "policy",
     step: int = 0,
     prompts: Sequence[Prompt] | None = None,
+    training_judge: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Evaluates `params` on risky records and their harmless twins.
@@ -41,10 +44,11 @@ def evaluate(
       records: the benchmark, with distinct ids.
       evaluator: who judges (see `evaluators.evaluator_for`).
       config: how to sample responses.
-      folder: where responses and verdicts are kept; the same call goes on where it was killed. None keeps nothing.
+      folder: where responses, verdicts and samples are kept; the same call goes on where it was killed. None keeps nothing.
       name: of the row in the report.
       step: of training, for the report.
       prompts: `encode_prompts(records, policy.processor)`, to encode once for several policies.
+      training_judge: name of the judge that chose the policy's favourable branches, "" if there was none, None if not known.
       progress: show progress bars.
 
     Returns:
@@ -62,7 +66,11 @@ def evaluate(
     judged = judge_responses(records, responses, evaluator, folder, progress=progress)
     decoding = {**config.decoding(), "samples": config.samples}
     told = {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding}
-    return told | {"benchmark": benchmark_digest(records), **report(judged)}
+    told["benchmark"] = benchmark_digest(records)
+    told["provenance"] = provenance(params, prompts, training_judge)
+    if folder is not None:
+        write_samples(folder, samples_name(told), judged)
+    return told | report(judged)
 
 
 def reference_rows(records: Sequence[Record], evaluator: Evaluator) -> list[dict[str, Any]]:
