@@ -18,7 +18,7 @@ from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.results import add_result, render
 from srpo_jax.files import lock_folder
-from srpo_jax.runs import is_run, load_run
+from srpo_jax.runs import is_run, load_run, training_judge
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep responses, verdicts and results.json.", required=True)
@@ -34,6 +34,7 @@ def main(_):
     records = evaluation.build_benchmark(section, configs.build_difficulty(config))
     evaluator = evaluation.build_evaluator(section)
     policy, step = load(config)
+    judge = training_judge(CHECKPOINT.value) if CHECKPOINT.value and is_run(CHECKPOINT.value) else None
     prompts = encode_prompts(records, policy.processor)
     references = reference_rows(records, evaluator)
     name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
@@ -41,7 +42,7 @@ def main(_):
     (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
     lock_folder(workdir / "evaluation")  # not the whole: it may be that of a run under way
     for decoding in decodings:
-        options = {"name": name, "step": step, "prompts": prompts}
+        options = {"name": name, "step": step, "prompts": prompts, "training_judge": judge}
         entry = evaluate(policy, policy.params, records, evaluator, decoding, workdir / "evaluation", **options)
         results = add_result(workdir / "results.json", entry, references)
     print(render(results))

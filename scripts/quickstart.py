@@ -39,8 +39,8 @@ def main(_):
     prompts = encode_prompts(tests, policy.processor)
     references = reference_rows(tests, evaluator)
 
-    def report(name, params, step):
-        options = {"name": name, "step": step, "prompts": prompts}
+    def report(name, params, step, judge=""):
+        options = {"name": name, "step": step, "prompts": prompts, "training_judge": judge}
         for decoding in decodings:
             entry = evaluate(policy, params, tests, evaluator, decoding, workdir / "evaluation", **options)
             results = add_result(workdir / "results.json", entry, references)
@@ -49,7 +49,7 @@ def main(_):
     report("base", policy.params, 0)
     for name, (config, run, judge) in arms.items():
         params = train(policy, records, judge, run, open_workdir(workdir / name.lower(), config), mesh)
-        results = report(name, params, run.updates * max(1, run.rounds))
+        results = report(name, params, run.updates * max(1, run.rounds), config.judge if run.rounds else "")
     print(render(results))
     print(
         f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {workdir}/results.json, "

@@ -21,6 +21,16 @@ def is_run(path: str | Path) -> bool:
     return (Path(path) / "checkpoints").is_dir() and (Path(path) / workdir.CONFIG_FILE).is_file()
 
 
+def training_judge(path: str | Path) -> str:
+    """Name of the judge that chose a run's favourable branches, as its configuration tells it; "" if it explored nothing.
+
+    Raises:
+      WorkdirError, OSError: there is no readable configuration.
+    """
+    config = workdir.read_config(path)
+    return config["judge"] if config["rounds"] else ""
+
+
 def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Policy, int]:
     """The policy of a work directory at `step` (the newest checkpoint if None), and that step.
 
