@@ -3,7 +3,6 @@
 python scripts/export.py --checkpoint=runs/srpo --output=runs/srpo-hf [--step=64] [--dtype=bfloat16]
 """
 
-import jax
 import jax.numpy as jnp
 from absl import flags
 
@@ -18,7 +17,7 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"
 
 def main(_):
     policy, step = load_run(CHECKPOINT.value, STEP.value)
-    policy.save(OUTPUT.value, jax.tree.map(lambda x: x.astype(jnp.dtype(DTYPE.value)), policy.params))
+    policy.save(OUTPUT.value, dtype=jnp.dtype(DTYPE.value))
     print(f"wrote step {step} of {CHECKPOINT.value} to {OUTPUT.value}")
 
 

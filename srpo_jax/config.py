@@ -24,8 +24,8 @@ from srpo_jax.exploration.explorer import ExploreConfig
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges import rules
-from srpo_jax.models.hf import param_shapes, read_config
-from srpo_jax.models.policy import Policy, load_policy
+from srpo_jax.models.lora import LoraConfig
+from srpo_jax.models.policy import Policy, adapt, load_policy
 from srpo_jax.training.data import BatchConfig
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.state import OptimConfig
@@ -53,7 +53,9 @@ def default_config() -> ml_collections.ConfigDict:
 
     Beside the sections of `RunConfig`:
       policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
-        `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's).
+        `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's), `quantize`
+        "int8" for the layers' kernels (None does not; they are frozen then).
+      lora: see `models.lora.LoraConfig`; a rank of 0 is no adapters.
       data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet
         file or hub id; `split`); `images`: folder of the pictures (see `data.loaders`; empty for its default); `n` records
         (None for all); `seed` and `difficulty` of the embedded world, see `data.world.difficulty.Difficulty`.
@@ -71,7 +73,9 @@ def default_config() -> ml_collections.ConfigDict:
         "max_pixels": placeholder(int),
         "max_image_tokens": placeholder(int),
         "dtype": placeholder(str),
+        "quantize": placeholder(str),
     }
+    config.lora = _defaults(LoraConfig)
     config.data = {"name": "scenes", "path": "", "images": "", "split": "train", "n": placeholder(int), "seed": 0}
     config.data.difficulty = _defaults(Difficulty)
     config.judge = "rules"
@@ -94,7 +98,7 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval = evaluation.default_config()
     for field in dataclasses.fields(RunConfig):
         if field.name not in SECTIONS:
-            config[field.name] = field.default
+            config[field.name] = placeholder(tuple) if field.default is None else field.default
     return config.lock()
 
 
@@ -124,8 +128,9 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
         name: _section(config[name], f"config.{name}", cls, **given.get(name, {})) for name, cls in SECTIONS.items()
     }
     plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
-    plain["trainable"] = tuple(plain["trainable"])
+    plain["trainable"] = None if plain["trainable"] is None else tuple(plain["trainable"])
     run = RunConfig(**parts, **plain)
+    _section(config.lora, "config.lora", LoraConfig)  # refused here rather than after the policy was read
     _check_values(run)
     if run.rounds:
         _check_shapes(run)
@@ -209,11 +214,10 @@ def policy_path(path: str) -> Path:
 
 
 def build_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Policy:
-    """The policy of `config.policy`, parameters sharded over `mesh` as they are read."""
-    options = config.policy.to_dict()
-    path = policy_path(options.pop("path"))
-    shardings = sharding.param_shardings(param_shapes(read_config(path)), mesh)
-    return load_policy(path, shardings=shardings, **options)
+    """The policy of `config.policy`, parameters sharded over `mesh` as they are read, with the adapters of `config.lora`."""
+    options, lora = config.policy.to_dict(), _section(config.lora, "config.lora", LoraConfig)
+    policy = load_policy(policy_path(options.pop("path")), mesh=mesh, **options)
+    return adapt(policy, lora, config.seed, mesh)
 
 
 def build_difficulty(config: ml_collections.ConfigDict) -> Difficulty:

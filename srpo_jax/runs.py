@@ -9,11 +9,11 @@ import jax
 import ml_collections
 
 from srpo_jax import config as configs
-from srpo_jax.checkpoint import Checkpointer
-from srpo_jax.models.hf import param_shapes, read_config
+from srpo_jax.checkpoint import Checkpointer, CheckpointMismatchError
+from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.training import workdir
-from srpo_jax.training.state import abstract_state
+from srpo_jax.training.state import abstract_state, place_frozen
 
 
 def is_run(path: str | Path) -> bool:
@@ -39,6 +39,7 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     Raises:
       FileNotFoundError: no work directory there.
       checkpoint.CheckpointError: no checkpoint, or not that one.
+      checkpoint.CheckpointMismatchError: a checkpoint of another model, or the frozen parameters have changed since.
     """
     path = Path(path)
     if not is_run(path):
@@ -49,11 +50,14 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     mesh = configs.build_mesh(config) if mesh is None else mesh
     run = configs.run_config(config)
     start = configs.build_policy(config, mesh)
-    shapes = param_shapes(read_config(configs.policy_path(config.policy.path)))
-    shapes = jax.tree.map(lambda shape, x: jax.ShapeDtypeStruct(shape.shape, x.dtype), shapes, start.params)
-    start = dataclasses.replace(start, params={})  # they told their dtypes; room for the trained ones
-    like = abstract_state(shapes, run.optim.make(), run.trainable, mesh)
-    like = like._replace(opt_state=jax.tree.map(lambda _: ..., like.opt_state))
+    like = abstract_state(start.params, run.optim.make(), run.trainable, mesh)
+    frozen = place_frozen(start.params, like.frozen)
+    start = dataclasses.replace(start, params={})  # room for the trained ones
+    like = like.moving()._replace(opt_state=jax.tree.map(lambda _: ..., like.opt_state))
     with Checkpointer(path / "checkpoints", read_only=True) as checkpoints:
-        state, _ = checkpoints.restore(step, like)
-    return dataclasses.replace(start, params=state.all_params()), int(state.step)
+        state, metadata = checkpoints.restore(step, like)
+    if metadata.get("frozen") != params_fingerprint(frozen):
+        raise CheckpointMismatchError(
+            f"{path} was trained from other frozen parameters than {config.policy.path} holds now; put that policy back there"
+        )
+    return dataclasses.replace(start, params=state._replace(frozen=frozen).all_params()), int(state.step)

@@ -21,13 +21,18 @@ AXES = ("data", "fsdp", "tensor")
 # - kernels into heads or hidden units split their outputs over `tensor`, kernels out of them their inputs, so that a block
 #   needs one reduction; the other dimension goes over `fsdp`;
 # - embedding and head split the vocabulary over `tensor`: the log-prob head reduces over it, chunk by chunk;
-# - norms and biases are small: replicated;
+# - an adapter follows the two sides of its kernel; its rank is too small to split;
+# - norms, biases and scales are small: replicated;
 # - the vision tower's blocks follow the decoder's rule. Its patch embedding and merger are small and used once.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embed|head)$", ("tensor", "fsdp")),
     (r"(q|k|v|qkv|gate|up)/kernel$", ("fsdp", "tensor")),
     (r"(out|proj|down)/kernel$", ("tensor", "fsdp")),
     (r"kernel$", ("fsdp", None)),
+    (r"(q|k|v|gate|up)/lora_a$", ("fsdp", None)),
+    (r"(q|k|v|gate|up)/lora_b$", (None, "tensor")),
+    (r"(out|down)/lora_a$", ("tensor", None)),
+    (r"(out|down)/lora_b$", (None, "fsdp")),
     (r".*", ()),
 )
 

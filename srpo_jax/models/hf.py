@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from srpo_jax.models.config import ModelConfig
+from srpo_jax.models.quantize import is_quantisable, quantise
 from srpo_jax.sharding import flatten, unflatten
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ def read_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, dtype: Any = None) -> Params:
+def load_params(
+    folder: str | Path, config: ModelConfig, shardings: Any = None, dtype: Any = None, *, int8: bool = False
+) -> Params:
     """Reads a checkpoint; each device gets its own slices straight from the files.
 
     Args:
@@ -163,6 +166,7 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, 
       config: the sizes to expect, usually `read_config(folder)`.
       shardings: a tree like the params, one `jax.sharding.Sharding` for all, or None for the default device.
       dtype: dtype of all parameters; None keeps the file's.
+      int8: quantise the kernels of the layers (see `models.quantize`), each as soon as it is read.
 
     Returns:
       Nested dict of arrays.
@@ -177,12 +181,13 @@ def load_params(folder: str | Path, config: ModelConfig, shardings: Any = None, 
     per_param = flatten(shardings) if isinstance(shardings, Mapping) else dict.fromkeys(table, shardings)
     tensors = _open_tensors(Path(folder))
     _check(tensors, config, folder)
-    flat = {}
+    flat: Params = {}
     for path, source in table.items():
         kinds = [_DTYPES[tensors[name].get_dtype()] for name in source.names]
         kind = jnp.dtype(dtype) if dtype is not None else jnp.result_type(*kinds)
         read = _reader(source, tensors, kind)
-        flat[path] = jax.make_array_from_callback(source.param_shape, per_param[path], read, dtype=kind)
+        value = jax.make_array_from_callback(source.param_shape, per_param[path], read, dtype=kind)
+        flat |= quantise(path, value) if int8 and is_quantisable(path) else {path: value}
     return unflatten(flat)
 
 

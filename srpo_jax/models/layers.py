@@ -23,15 +23,57 @@ def wide(x: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, kernel [in_features, out_features]."""
+    """`x @ kernel + bias`, kernel [in_features, out_features]; optionally quantised, optionally with a low-rank adapter.
+
+    The optional parameters are not made here: `policy.graph_definition` gives them to the modules whose parameters have them.
+
+    Attributes:
+      kernel_scale: float32[out_features] where the kernel is int8: the product is scaled, no floating kernel is stored.
+      lora_a: [in_features, rank]; with it `lora_b` [rank, out_features] and `lora_scale` []:
+        y += lora_scale * (x @ lora_a) @ lora_b (Hu et al. 2022). The product of the two is never formed.
+    """
+
+    kernel_scale: Any = None
+    lora_a: Any = None
+    lora_b: Any
+    lora_scale: Any
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, rngs: nnx.Rngs):
         self.kernel = nnx.Param(INIT_STD * jax.random.normal(rngs.params(), (in_features, out_features)))
         self.bias = nnx.Param(jnp.zeros((out_features,))) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = x @ self.kernel[...].astype(x.dtype)
+        if self.kernel_scale is None:
+            y = x @ self.kernel[...].astype(x.dtype)
+        else:
+            y = quantised_product(x, self.kernel[...], self.kernel_scale[...])
+        if self.lora_a is not None:
+            low = scaled(x @ self.lora_a[...].astype(x.dtype), self.lora_scale[...])
+            y += low @ self.lora_b[...].astype(x.dtype)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+def scaled(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x * scale` in float32 or wider, in the dtype of `x`."""
+    return (wide(x) * scale).astype(x.dtype)
+
+
+@jax.custom_vjp
+def quantised_product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x @ (kernel * scale)`: x float[..., in], kernel int8[in, out], scale float32[out]; differentiable in `x` alone."""
+    return scaled(x @ kernel.astype(x.dtype), scale)
+
+
+def _quantised_product_fwd(x: jax.Array, kernel: jax.Array, scale: jax.Array):
+    return quantised_product(x, kernel, scale), (kernel, scale)  # kept in int8, not as the floating copy
+
+
+def _quantised_product_bwd(kept: tuple[jax.Array, jax.Array], g: jax.Array):
+    kernel, scale = kept
+    return scaled(g, scale) @ kernel.astype(g.dtype).T, None, None
+
+
+quantised_product.defvjp(_quantised_product_fwd, _quantised_product_bwd)
 
 
 class RMSNorm(nnx.Module):

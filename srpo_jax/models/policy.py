@@ -12,12 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from srpo_jax.inputs import Encoded, Inputs, batch_inputs
 from srpo_jax.models.config import ModelConfig
-from srpo_jax.models.hf import Params, load_params, read_config, save_params
+from srpo_jax.models.hf import Params, load_params, param_shapes, read_config, save_params
+from srpo_jax.models.lora import PARTS, LoraConfig, adapted_paths, init_adapters, merged
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+from srpo_jax.sharding import flatten, param_shardings, unflatten
 
 SHORTEST_BUCKET = 32
 
@@ -70,16 +73,23 @@ class Policy:
         except ValueError as error:
             raise ValueError(f"example {number}: {error}") from error
 
-    def save(self, folder: str | Path, params: Params | None = None) -> None:
-        """Writes a folder in Hugging Face's format (see `hf.save_params`), `params` in place of its own if given."""
-        save_params(folder, self.config, self.params if params is None else params, self.processor)
+    def save(self, folder: str | Path, params: Params | None = None, dtype: Any = None) -> None:
+        """Writes a folder in Hugging Face's format (see `hf.save_params`).
+
+        Args:
+          folder: must not exist yet, or be empty.
+          params: in place of its own; adapters and quantised kernels are merged (see `lora.merged`).
+          dtype: of the tensors in the file; None keeps that of the parameters.
+        """
+        save_params(folder, self.config, merged(self.params if params is None else params, dtype), self.processor)
 
 
 def load_policy(
     path: str | Path,
     *,
-    shardings: Any = None,
+    mesh: Mesh | None = None,
     dtype: Any = None,
+    quantize: str | None = None,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     max_image_tokens: int | None = None,
@@ -88,21 +98,49 @@ def load_policy(
 
     Args:
       path: the folder.
-      shardings: where each parameter goes (see `hf.load_params`).
+      mesh: where the parameters go, split by the table of `sharding`; None takes the default device.
       dtype: dtype of the parameters; None keeps the file's.
+      quantize: "int8" keeps the kernels of the layers in int8 (see `models.quantize`); None does not.
       min_pixels: see `Processor.load`.
       max_pixels: see `Processor.load`.
       max_image_tokens: see `Processor`.
 
     Raises:
       FileNotFoundError: a part of the checkpoint is missing.
-      ValueError: another architecture, or parts that do not fit together.
+      ValueError: another architecture, parts that do not fit together, or another quantisation.
     """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize={quantize!r}: use 'int8' or None")
     config = read_config(path)
     processor = Processor.load(
         path, config, min_pixels=min_pixels, max_pixels=max_pixels, max_image_tokens=max_image_tokens
     )
-    return Policy(config, graph_definition(config), load_params(path, config, shardings, dtype), processor)
+    shardings = None if mesh is None else param_shardings(param_shapes(config), mesh)
+    params = load_params(path, config, shardings, dtype, int8=quantize == "int8")
+    return Policy(config, graph_definition(config, params), params, processor)
+
+
+def adapt(policy: Policy, lora: LoraConfig, seed: int, mesh: Mesh | None = None) -> Policy:
+    """The policy with fresh adapters, which give the function that it has.
+
+    Args:
+      policy: without adapters.
+      lora: which ones; of rank 0 for none.
+      seed: see `lora.init_adapters`.
+      mesh: where they go; None takes the default device.
+
+    Raises:
+      ValueError: a target that matches no linear map, or a policy that has adapters.
+    """
+    if not lora.rank:
+        return policy
+    if present := adapted_paths(flatten(policy.params)):
+        raise ValueError(f"the policy has adapters already, of {', '.join(present)}; merge them first, or train these")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), policy.params)
+    make = functools.partial(init_adapters, shapes, lora, seed)
+    where = None if mesh is None else flatten(param_shardings(unflatten(jax.eval_shape(make)), mesh))
+    params = unflatten(flatten(policy.params) | jax.jit(make, out_shardings=where)())
+    return dataclasses.replace(policy, graphdef=graph_definition(policy.config, params), params=params)
 
 
 def init_policy(config: ModelConfig, processor: Processor, seed: int) -> Policy:
@@ -115,10 +153,27 @@ def _init_params(config: ModelConfig, key: jax.Array) -> Params:
     return nnx.to_pure_dict(nnx.state(Qwen2_5_VL(config, nnx.Rngs(key))))
 
 
+def graph_definition(config: ModelConfig, params: Params | None = None) -> Any:
+    """The module's graph definition, without allocating parameters.
+
+    Args:
+      config: sizes of the model.
+      params: parameters, or shapes of them, whose adapters and quantised kernels the module shall have; None for neither.
+    """
+    optional = [path for path in flatten(params or {}) if path.rpartition("/")[2] in PARTS]
+    return _graph_definition(config, tuple(sorted(optional)))
+
+
 @functools.cache
-def graph_definition(config: ModelConfig) -> Any:
-    """The module's graph definition, without allocating parameters."""
-    return nnx.split(nnx.eval_shape(lambda: Qwen2_5_VL(config, nnx.Rngs(0))))[0]
+def _graph_definition(config: ModelConfig, optional: tuple[str, ...]) -> Any:
+    def make() -> Qwen2_5_VL:
+        model = Qwen2_5_VL(config, nnx.Rngs(0))
+        for path in optional:
+            *owner, name = path.split("/")
+            setattr(functools.reduce(getattr, owner, model), name, nnx.Param(jnp.zeros(())))  # shapes are the params'
+        return model
+
+    return nnx.split(nnx.eval_shape(make))[0]
 
 
 def forward(policy: Policy, params: Params, inputs: Inputs) -> jax.Array:

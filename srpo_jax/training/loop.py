@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from tqdm import tqdm
@@ -27,9 +26,11 @@ from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
+from srpo_jax.models.quantize import compute_params
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
-from srpo_jax.training.state import OptimConfig, TrainState, abstract_state, init_state
+from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
 from srpo_jax.training.workdir import MetricsLog
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
@@ -51,7 +52,7 @@ class RunConfig:
       keep: checkpoints to keep.
       max_unknown: share of branches without a verdict at which training stops.
       max_truncated: share of truncated branches at which it stops.
-      trainable: regular expressions over parameter paths.
+      trainable: regular expressions over parameter paths; None for the adapters, or everything where there are none.
     """
 
     explore: ExploreConfig
@@ -67,7 +68,7 @@ class RunConfig:
     keep: int = 2
     max_unknown: float = 0.5
     max_truncated: float = 0.5
-    trainable: tuple[str, ...] = (".*",)
+    trainable: tuple[str, ...] | None = None
 
 
 def train(
@@ -97,7 +98,9 @@ def train(
         if checkpoints.latest() is None:
             state = init_state(policy.params, optimizer, config.trainable, mesh)
         else:  # into shapes: a fresh state beside the restored one would take the memory twice
-            state = _resume(checkpoints, abstract_state(policy.params, optimizer, config.trainable, mesh), config)
+            like = abstract_state(policy.params, optimizer, config.trainable, mesh)
+            frozen = place_frozen(policy.params, like.frozen)
+            state = _resume(checkpoints, like.moving(), frozen, config)
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
         step = int(state.step)
         with MetricsLog(workdir, last_step=step) as log:
@@ -114,9 +117,10 @@ def train(
             return state.all_params()
 
 
-def _resume(checkpoints: Checkpointer, like: TrainState, config: RunConfig) -> TrainState:
+def _resume(checkpoints: Checkpointer, like: TrainState, frozen: Flat, config: RunConfig) -> TrainState:
     state, metadata = checkpoints.restore(None, like)
-    expected = {"seed": config.seed, "next_update": int(state.step)}
+    state = state._replace(frozen=frozen)
+    expected = _metadata(state, config)
     if metadata != expected:
         raise TrainingError(
             f"the checkpoint of step {int(state.step)} in {checkpoints.directory} says {metadata}, this run {expected}; use "
@@ -124,6 +128,11 @@ def _resume(checkpoints: Checkpointer, like: TrainState, config: RunConfig) -> T
         )
     logging.info("resumed from step %d", int(state.step))
     return state
+
+
+def _metadata(state: TrainState, config: RunConfig) -> dict[str, Any]:
+    """What a checkpoint tells beside its arrays; of frozen parameters it holds a fingerprint alone."""
+    return {"seed": config.seed, "next_update": int(state.step), "frozen": params_fingerprint(state.frozen)}
 
 
 def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, at_start: bool):
@@ -139,8 +148,7 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
         check_trunks(trunks, config.pack, config.explore.k, config.explore.max_tokens)
     params = None  # those that explored a round under way are gone
     if at_start:
-        dtype = jnp.dtype(config.compute.dtype)
-        params = jax.tree.map(lambda x: x.astype(dtype), state.all_params())  # what the update computes with
+        params = compute_params(state.all_params(), config.compute.dtype)  # what the update computes with
     key = jax.random.key(config.seed)
     trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
@@ -193,7 +201,7 @@ def _round(
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         bar.update()
         if step % config.checkpoint_every == 0 or step == stop:
-            checkpoints.save(step, state, {"seed": config.seed, "next_update": step})
+            checkpoints.save(step, state.moving(), _metadata(state, config))
     bar.close()
     return state
 

@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from srpo_jax import sharding
+from srpo_jax.models.lora import is_adapter
+from srpo_jax.models.quantize import is_constant
 
 Flat = dict[str, jax.Array]
+Patterns = tuple[str, ...] | None
 
 
 class TrainState(NamedTuple):
@@ -33,6 +36,10 @@ class TrainState(NamedTuple):
     def all_params(self) -> dict[str, Any]:
         """The nested dict that `nnx.merge` takes."""
         return sharding.unflatten(self.params | self.frozen)
+
+    def moving(self) -> TrainState:
+        """The state without frozen parameters: what an update changes, and what a checkpoint holds."""
+        return self._replace(frozen={})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,26 +103,42 @@ class OptimConfig:
 
 def decays(path: str) -> bool:
     """Whether weight decay applies: to matrices, not to norms and biases."""
-    return path.rsplit("/", 1)[-1] in ("kernel", "embed", "head")
+    return path.rsplit("/", 1)[-1] in ("kernel", "embed", "head", "lora_a", "lora_b")
 
 
-def select_trainable(params: dict[str, Any], patterns: tuple[str, ...]) -> tuple[Flat, Flat]:
+def select_trainable(params: dict[str, Any], patterns: Patterns) -> tuple[Flat, Flat]:
     """Splits parameters by path: those that any regular expression finds are trainable. Trainable ones become float32.
 
+    Without patterns the adapters are trainable, or everything where there are none. Scales of adapters and of quantised
+    kernels never are.
+
     Raises:
-      ValueError: a pattern that finds no parameter; lists what there is.
+      ValueError: a pattern that finds no parameter (lists what there is), quantised kernels that should train, or adapters of
+        which none does.
     """
     flat = sharding.flatten(params)
-    for pattern in patterns:
-        if not any(re.search(pattern, path) for path in flat):
-            raise ValueError(f"trainable={pattern!r} matches no parameter; there are {sorted(flat)}")
-    chosen = {path for path in flat if any(re.search(pattern, path) for pattern in patterns)}
+    paths = [path for path in sorted(flat) if not is_constant(path)]
+    adapters = [path for path in paths if is_adapter(path)]
+    for pattern in patterns or ():
+        if not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"trainable={pattern!r} matches no parameter; there are {paths}")
+    chosen = {path for path in paths if any(re.search(pattern, path) for pattern in patterns or ())}
+    if patterns is None:
+        chosen = set(adapters or paths)
+    if quantised := [path for path in sorted(chosen) if not jnp.issubdtype(flat[path].dtype, jnp.floating)]:
+        raise ValueError(
+            f"trainable={patterns} reaches quantised kernels, which cannot move: {quantised}; train adapters"
+        )
+    if adapters and chosen.isdisjoint(adapters):
+        raise ValueError(
+            f"trainable={patterns} moves none of the adapters; add 'lora', or merge them into the base first"
+        )
     trainable = {path: x.astype(jnp.promote_types(x.dtype, jnp.float32)) for path, x in flat.items() if path in chosen}
     return trainable, {path: x for path, x in flat.items() if path not in chosen}
 
 
 def init_state(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, patterns: tuple[str, ...], mesh: jax.sharding.Mesh
+    params: dict[str, Any], optimizer: optax.GradientTransformation, patterns: Patterns, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to.
 
@@ -131,8 +154,14 @@ def init_state(
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), trainable, frozen, opt_state)
 
 
+def place_frozen(params: dict[str, Any], like: Flat) -> Flat:
+    """The frozen parameters of a state, placed as in `like` (from `abstract_state`), shared where they need not move."""
+    flat = sharding.flatten(params)
+    return {path: jax.device_put(flat[path], x.sharding) for path, x in like.items()}
+
+
 def abstract_state(
-    shapes: dict[str, Any], optimizer: optax.GradientTransformation, patterns: tuple[str, ...], mesh: jax.sharding.Mesh
+    shapes: dict[str, Any], optimizer: optax.GradientTransformation, patterns: Patterns, mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, from shapes of parameters and without allocating any."""
 

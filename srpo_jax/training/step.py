@@ -14,6 +14,7 @@ from flax import nnx
 from srpo_jax import losses, sharding
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
+from srpo_jax.models.quantize import compute_params
 from srpo_jax.models.scoring import tree_logprobs
 from srpo_jax.training.state import TrainState, state_shardings
 from srpo_jax.trees import TreeBatch
@@ -104,8 +105,7 @@ def make_update(
     dtype = jnp.dtype(compute.dtype)
 
     def micro_loss(params: dict, frozen: dict, batch: TreeBatch, total: jax.Array):
-        cast = jax.tree.map(lambda x: x.astype(dtype), params | frozen)
-        model = nnx.merge(graphdef, sharding.unflatten(cast))
+        model = nnx.merge(graphdef, sharding.unflatten(compute_params(params | frozen, dtype)))
         per_question, aux = srpo_loss(model, batch, loss, compute)
         return jnp.sum(per_question * batch.weight) / total, question_sums(per_question, aux, batch.weight)
 
@@ -129,7 +129,7 @@ def make_update(
     compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
 
     def apply(state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        moved, metrics = compiled(state._replace(frozen={}), state.frozen, batches)
+        moved, metrics = compiled(state.moving(), state.frozen, batches)
         return moved._replace(frozen=state.frozen), metrics
 
     return apply
