@@ -126,11 +126,15 @@ def load_hf(
     name = "data set" if isinstance(source, datasets.Dataset) else str(source)
     dataset = source if isinstance(source, datasets.Dataset) else _open_hf(source, split, revision)
     for column, feature in dataset.features.items():
-        dataset = _undecoded(dataset, column, feature)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo_jax" / "images"
-    folder = cache if image_folder is None else Path(image_folder)
+        dataset = undecoded(dataset, column, feature)
+    folder = image_cache() if image_folder is None else Path(image_folder)
     rows = (_Row(f"row {index}", f"{Path(name).stem}:{index}", row) for index, row in enumerate(dataset))
-    return _collect(name, rows, lambda value: _embedded_image(folder, value), max_pixels if check_images else None)
+    return _collect(name, rows, lambda value: embedded_image(folder, value), max_pixels if check_images else None)
+
+
+def image_cache() -> Path:
+    """Where embedded pictures are kept by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo_jax" / "images"
 
 
 def _open_hf(source: str | Path, split: str, revision: str | None) -> datasets.Dataset:
@@ -149,7 +153,7 @@ def _open_hf(source: str | Path, split: str, revision: str | None) -> datasets.D
     return found
 
 
-def _undecoded(dataset: datasets.Dataset, column: str, feature: Any) -> datasets.Dataset:
+def undecoded(dataset: datasets.Dataset, column: str, feature: Any) -> datasets.Dataset:
     """Images as bytes (decoding is `open_image`'s business), class labels as their names."""
     if isinstance(feature, datasets.Image):
         return dataset.cast_column(column, datasets.Image(decode=False))
@@ -357,7 +361,7 @@ def _image_in(folder: Path, name: Any) -> Path:
     return file
 
 
-def _embedded_image(folder: Path, value: Any) -> Path:
+def embedded_image(folder: Path, value: Any) -> Path:
     """Writes an embedded image to the folder, unless it is there, and returns the file."""
     content = value.get("bytes") if isinstance(value, Mapping) else value
     if content is None and isinstance(value, Mapping):

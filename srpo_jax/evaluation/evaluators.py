@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
-from srpo_jax.data.records import Record
 from srpo_jax.evaluation import checker
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
@@ -22,13 +22,14 @@ class Evaluator:
 
     Attributes:
       name: with a version: stored verdicts are used again under the same name alone.
-      answer: verdict of the answer; asked for responses that have one.
+      answer: verdict of the answer to a question (`data.items.Question`: a record or a benchmark's item); asked for
+        responses that have one.
       steps: verdicts of the steps, one for each in `ParsedPath.steps`.
     """
 
     name: str
-    answer: Callable[[Record, ParsedPath], Verdict]
-    steps: Callable[[Record, ParsedPath], Sequence[StepVerdict]]
+    answer: Callable[[Any, ParsedPath], Verdict]
+    steps: Callable[[Any, ParsedPath], Sequence[StepVerdict]]
 
 
 EVALUATORS = {

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from srpo_jax.data.images import open_image
-from srpo_jax.data.records import Record
+from srpo_jax.data.items import Question
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.files import Store
@@ -112,7 +112,7 @@ class Response:
         return parse(self.text, stopped=self.stopped, grammar=GRAMMAR)
 
 
-def encode_prompts(records: Sequence[Record], processor: Processor) -> list[Prompt]:
+def encode_prompts(records: Sequence[Question], processor: Processor) -> list[Prompt]:
     """The records' prompts; worth keeping where several policies of one processor are evaluated.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import PIL.Image
 from tqdm import tqdm
 
-from srpo_jax.data.records import Record
+from srpo_jax.data.items import Question
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.statistics import Outcome, both, every
@@ -42,7 +42,7 @@ class Judged:
       steps: a verdict for each step as found.
     """
 
-    record: Record
+    record: Question
     response: Response
     path: ParsedPath
     answer: Verdict | None
@@ -95,7 +95,7 @@ class Judged:
 
 
 def judge_responses(
-    records: Sequence[Record],
+    records: Sequence[Question],
     responses: Sequence[Response],
     evaluator: Evaluator,
     folder: str | Path | None = None,
@@ -164,20 +164,21 @@ def _verdicts(judge: Callable[..., Any], pairs: Mapping[int, Pair]) -> dict[int,
     return {places[index]: verdict for index, verdict in ask(judge, list(pairs.values()))}
 
 
-def _from_line(line: Mapping[str, Any], record: Record, response: Response, path: ParsedPath) -> Judged:
+def _from_line(line: Mapping[str, Any], record: Question, response: Response, path: ParsedPath) -> Judged:
     answer = None if line["answer"] is None else Verdict(**line["answer"])
     return Judged(record, response, path, answer, tuple(StepVerdict(**step) for step in line["steps"]))
 
 
-def benchmark_digest(records: Sequence[Record]) -> str:
+def benchmark_digest(records: Sequence[Question]) -> str:
     """What tells sets of records apart, in whatever order."""
     return _digest(sorted(_record_digest(record) for record in records))
 
 
-def _record_digest(record: Record) -> str:
+def _record_digest(record: Question) -> str:
     """Of all that an evaluator may read; pictures are told apart by their content, wherever they are."""
     images = [_image_digest(image) for image in record.images]
-    facts = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in ("images", "meta")}
+    told = vars(record)  # of a Record or an Item
+    facts = {name: value for name, value in told.items() if name not in ("images", "meta")}
     return _digest(images, facts, dict(record.meta))
 
 

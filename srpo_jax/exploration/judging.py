@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from srpo_jax.data.items import Question
 from srpo_jax.data.records import Record
 from srpo_jax.files import Store
 from srpo_jax.paths import ParsedPath
 
-Pair = tuple[Record, ParsedPath]
+Pair = tuple[Question, ParsedPath]
 Place = tuple[str, int, int]
 """A branch: record id, prefix, number within the prefix."""
 T = TypeVar("T")
@@ -33,7 +34,7 @@ A judge that answers many questions at a time also has a method `batch`: from a 
 (index, verdict), each index once, in whatever order the verdicts come."""
 
 
-def ask(judge: Callable[[Record, ParsedPath], T], pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
+def ask(judge: Callable[[Any, ParsedPath], T], pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
     """(index of the pair, verdict) as verdicts come: by the judge's `batch` if it has one, else one by one.
 
     Raises:

@@ -1,0 +1,1 @@
+"""Published benchmarks, one small file each: layout of the user's copy, items, protocol, caveats."""
