@@ -7,7 +7,6 @@ The defaults of every section are those of its dataclass, which also documents t
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from srpo_jax.evaluation import config as evaluation
 from srpo_jax.exploration.explorer import ExploreConfig
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import GRAMMAR
-from srpo_jax.judges import rules
+from srpo_jax.judges.registry import JudgeError, make_judge
 from srpo_jax.models.lora import LoraConfig
 from srpo_jax.models.policy import Policy, adapt, load_policy
 from srpo_jax.training.data import BatchConfig
@@ -255,27 +254,18 @@ def build_records(config: ml_collections.ConfigDict) -> list[Record]:
     return records if data.n is None else records[: data.n]
 
 
-def build_judge(config: ml_collections.ConfigDict) -> Judge:
-    """The judge of `config.judge`.
+def build_judge(config: ml_collections.ConfigDict, folder: str | Path | None = None) -> Judge:
+    """The judge of `config.judge`; `folder` is where one that costs money keeps its raw answers.
 
     Raises:
       ConfigError: no such judge, or the rules of the embedded world for other data.
     """
-    if config.judge == "rules":
-        if config.data.name != "scenes":
-            raise ConfigError(
-                "config.judge='rules' knows the embedded world only; for your own data give 'package.module:function', "
-                "a function (record, parsed path) -> srpo_jax.judges.Verdict, or set rounds=0 to train on reference paths alone"
-            )
-        return rules.judge
-    module, _, name = config.judge.partition(":")
-    try:
-        judge = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    if config.judge == "rules" and config.data.name != "scenes":
         raise ConfigError(
-            f"config.judge={config.judge!r} is no 'package.module:function' ({error}); modules are looked for among "
-            "installed packages and in PYTHONPATH"
-        ) from error
-    if not callable(judge):
-        raise ConfigError(f"config.judge={config.judge!r} is a {type(judge).__name__}, not a function")
-    return judge
+            "config.judge='rules' knows the embedded world only; for your own data give 'package.module:function', "
+            "a function (record, parsed path) -> srpo_jax.judges.Verdict, or set rounds=0 to train on reference paths alone"
+        )
+    try:
+        return make_judge(config.judge, folder)
+    except JudgeError as error:
+        raise ConfigError(f"config.judge={error}") from error
