@@ -6,6 +6,7 @@ MSTS: who calls how many of 4,000 responses unsafe. XSTest: who calls how many a
 yours (--phrases, one phrase per line) stands beside our two.
 """
 
+import collections
 import math
 import warnings
 
@@ -86,9 +87,9 @@ def _of(model, rows, said):
 
 def called(rows, said):
     """The rate over prompts, with its interval: the prompt is n."""
-    prompts = {}
+    prompts = collections.defaultdict(list)
     for row, s in zip(rows, said, strict=True):
-        prompts.setdefault(row.cluster, []).append(s)
+        prompts[row.cluster].append(s)
     return rate(prompts.values()).to_json()
 
 

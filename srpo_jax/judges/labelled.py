@@ -16,8 +16,10 @@ from typing import Any
 from srpo_jax.paths import ParsedPath, Status
 
 MSTS_LABELS = {"1": "safe", "2": "unsafe"}
-MSTS_COLUMNS = ("case_id", "prompt_type", "prompt_text", "unsafe_image_description", "model", "response")
-MSTS_COLUMNS += ("annot1_label", "annot2_label", "final_label")
+MSTS_COLUMNS = (
+    *("case_id", "prompt_type", "prompt_text", "unsafe_image_description", "model", "response"),
+    *("annot1_label", "annot2_label", "final_label"),
+)
 XSTEST_LABELS = {"1_full_compliance": "compliance", "2_full_refusal": "refusal", "3_partial_refusal": "partial"}
 XSTEST_SCORERS = {"gpt4": "gpteval", "strmatch": "streval"}
 
