@@ -80,8 +80,8 @@ def packed_arm(graphdef, tree: ReasoningTree):
     """The loss as the library computes it, and the tokens that it executes."""
     row = FLAGS.branch
     lengths = [len(b.tokens) for b in tree.branches]
-    ladder = tuple(range(1, 2 * sum(lengths) // row + 2))
     total = len(tree.trunk.encoded.tokens)
+    ladder = tuple(range(1, 2 * (total + sum(lengths)) // row + 2))
     pack = PackConfig((total,), (total - FLAGS.prompt,), ladder, row, (len(lengths),), (row,))
     batch, counters = pack_trees([tree], pack)
 

@@ -10,7 +10,7 @@ one, `--config.rounds=0` trains on the reference paths alone: a released checkpo
 write the path grammar, and a round whose branches are mostly malformed is refused. Then give the exported result (see
 scripts/export.py) as `policy.path`.
 
-Every combination of ladder steps in use is a program to compile, minutes each: at most 2 × 2 × 2 (trunk, patches, rows) of the
+Every combination of ladder steps in use is a program to compile, minutes each: at most 2 × 2 × 3 (trunk, patches, rows) of the
 update, 2 × 2 (trunk, patches) of exploration, one per temperature of evaluation. Ordinary photographs use one size of patches.
 
 No numbers are expected here: they depend on the checkpoint and the records.
@@ -32,7 +32,7 @@ def get_config():
     config.explore.update(k=4, temperature=1.0, max_tokens=512, trees=4, trunk=trunk, patches=patches)
     config.pack.update(trunk=trunk, patches=patches, path=(1024,))
     # Branches: 24 of up to 512 tokens; most are shorter and share rows.
-    config.pack.update(rows=(12, 24), row=512, branches=(24,), branch=(512,))
+    config.pack.update(rows=(12, 18, 28), row=512, branches=(24,), branch=(512,))
 
     # Full fine-tuning keeps a float32 master copy, its gradient and two moments: 16 bytes per trained parameter.
     # The vision tower stays as it is; drop the pattern to train it, too.

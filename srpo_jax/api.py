@@ -60,13 +60,13 @@ def pack(trees: Sequence[ReasoningTree], policy: Policy | None = None, config: P
 
 def _fitting(trees: Sequence[ReasoningTree]) -> PackConfig:
     longest = max((len(b.tokens) for t in trees for b in t.branches), default=1)
+    trunk = max(len(t.trunk.encoded.tokens) for t in trees)
     count = max(len(t.branches) for t in trees)
     row = policies.bucket(max(longest - 1, 1), 16)
-    steps = sorted({policies.bucket(n) for n in range(1, rows_needed(count, longest, row) + 1)})
     return PackConfig(
-        trunk=(policies.bucket(max(len(t.trunk.encoded.tokens) for t in trees), 16),),
+        trunk=(policies.bucket(trunk, 16),),
         path=(policies.bucket(max(len(t.trunk.path) for t in trees), 16),),
-        rows=(0, *steps),
+        rows=tuple(sorted({policies.bucket(n) for n in range(1, rows_needed(trunk, count, longest, row) + 1)})),
         row=row,
         branches=(policies.bucket(count) if count else 0,),
         branch=(row + 1,),

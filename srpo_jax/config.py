@@ -7,6 +7,7 @@ The defaults of every section are those of its dataclass, which also documents t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def default_config() -> ml_collections.ConfigDict:
         PackConfig,
         trunk=(256, 512, 1024, 2048, 4096),
         path=(128, 256, 512, 1024),
-        rows=(4, 8, 16, 24, 32),
+        rows=(8, 16, 24, 32, 40),
         row=256,
         branches=(24,),
         branch=(256,),
@@ -122,7 +123,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     steps = config.optim.steps or config.updates * max(1, config.rounds)
     given: dict[str, dict[str, Any]] = {"optim": {"steps": steps}}
     if config.rounds == 0:
-        given["pack"] = {"rows": (0,), "branches": (0,), "branch": (1,)}
+        given["pack"] = _trunks_alone(config.pack.trunk)
     parts: dict[str, Any] = {
         name: _section(config[name], f"config.{name}", cls, **given.get(name, {})) for name, cls in SECTIONS.items()
     }
@@ -134,6 +135,12 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     if run.rounds:
         _check_shapes(run)
     return run
+
+
+def _trunks_alone(ladder: Sequence[int]) -> dict[str, Any]:
+    """Fields of `PackConfig` for trees without branches: rows as short as an eighth of a trunk waste little at its end."""
+    row = -(-ladder[0] // 8)
+    return {"row": row, "rows": tuple(sorted({-(-t // row) for t in ladder})), "branches": (0,), "branch": (1,)}
 
 
 def _check_values(run: RunConfig) -> None:
@@ -162,13 +169,13 @@ def _check_shapes(run: RunConfig) -> None:
     count, tokens = run.explore.k * len(GRAMMAR.titles), run.explore.max_tokens
     substitutes = len(GRAMMAR.titles) * run.pack.substitutes
     needs = {"branch": tokens, "row": tokens - 1, "branches": count + substitutes}
-    needs["rows"] = rows_needed(count + substitutes, tokens, run.pack.row)
+    needs["rows"] = rows_needed(run.pack.trunk[-1], count + substitutes, tokens, run.pack.row)
     for name, needed in needs.items():
         largest = run.pack.row if name == "row" else getattr(run.pack, name)[-1]
         if largest < needed:
             raise ConfigError(
-                f"config.pack.{name} ends at {largest}, but explore.k={run.explore.k} branches of up to explore.max_tokens="
-                f"{tokens} tokens can need {needed}; extend it"
+                f"config.pack.{name} ends at {largest}, but a trunk of pack.trunk={run.pack.trunk[-1]} tokens and explore.k="
+                f"{run.explore.k} branches of up to explore.max_tokens={tokens} tokens can need {needed}; extend it"
             )
     if run.pack.trunk[-1] < run.explore.trunk[-1]:
         raise ConfigError(
@@ -196,7 +203,7 @@ def build_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
 
 def check_batch(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
     """Raises ConfigError where the questions of a micro-batch cannot be split evenly over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = sharding.batch_parts(mesh)
     if run.batch.trees % parts:
         trees = -(-run.batch.trees // parts) * parts
         accumulate = max(1, round(run.batch.trees * run.batch.accumulate / trees))

@@ -97,14 +97,7 @@ def batch_inputs(examples: Sequence[Encoded], length: int, patches: int | None =
 
     Rows without an image get all-padding vision when another row has one.
     """
-    sizes = [0 if e.vision is None else len(e.vision.patches) for e in examples]
-    vision = None
-    if any(sizes):
-        size = max(sizes) if patches is None else patches
-        template = next(e.vision for e in examples if e.vision is not None)
-        empty = VisionInputs(*(np.zeros((0, *a.shape[1:]), a.dtype) for a in template))
-        rows = [e.vision if e.vision is not None else empty for e in examples]
-        vision = VisionInputs(*(np.stack([pad_to(a, size, 0) for a in field]) for field in zip(*rows, strict=True)))
+    vision = batch_vision([e.vision for e in examples], patches)
     return Inputs(
         tokens=np.stack([pad_to(e.tokens, length, 0) for e in examples]),
         positions=np.stack([pad_to(e.positions, length, 1) for e in examples]),
@@ -112,3 +105,14 @@ def batch_inputs(examples: Sequence[Encoded], length: int, patches: int | None =
         lengths=np.asarray([len(e.tokens) for e in examples], np.int32),
         vision=vision,
     )
+
+
+def batch_vision(images: Sequence[VisionInputs | None], patches: int | None = None) -> VisionInputs | None:
+    """Stacks the images of examples, padded to `patches` (the largest if None); None if no example has any."""
+    template = next((v for v in images if v is not None and len(v.patches)), None)
+    if template is None:
+        return None
+    empty = VisionInputs(*(np.zeros((0, *a.shape[1:]), a.dtype) for a in template))
+    rows = [empty if v is None else v for v in images]
+    size = max(len(v.patches) for v in rows) if patches is None else patches
+    return VisionInputs(*(np.stack([pad_to(a, size, 0) for a in field]) for field in zip(*rows, strict=True)))

@@ -92,7 +92,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("explore.k", 5, r"config\.pack\.branches ends at 24.*can need 30"),
         ("pack.substitutes", True, r"config\.pack\.branches ends at 24.*can need 30"),
         ("pack.row", 200, r"config\.pack\.row ends at 200.*can need 255"),
-        ("pack.rows", (4, 20), r"config\.pack\.rows ends at 20.*can need 24"),
+        ("pack.rows", (4, 20), r"config\.pack\.rows ends at 20.*can need 40"),
         ("pack.trunk", (256,), r"config\.pack\.trunk ends at 256, config\.explore\.trunk at 4096"),
         ("pack.patches", (128, 64), r"config\.pack: patches=\(128, 64\).*ascending"),
         ("loss.lambda_", -0.1, r"config\.loss: lambda_=-0\.1"),
@@ -127,10 +127,11 @@ def test_rows_that_are_accepted_hold_every_exploration():
         with pytest.raises(configs.ConfigError) as error:
             configs.run_config(config)
         bound = int(str(error.value).split("can need ")[1].split(";")[0])
-        assert len(pack_rows([longest - 1] * count, row)) == bound
+        taken = [row] * -(-config.pack.trunk[-1] // row)
+        assert len(pack_rows([longest - 1] * count, row, taken)) == bound
         for short in range(1, longest):
             mixed = [longest - 1] * (count // 2) + [short] * (count - count // 2)
-            assert len(pack_rows(mixed, row)) <= bound
+            assert len(pack_rows(mixed, row, taken)) <= bound
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +144,13 @@ def test_training_on_references_has_no_room_for_branches(processor):
     config = configs.default_config()
     config.update(rounds=0)
     pack = configs.run_config(config).pack
-    assert (pack.rows, pack.branches, pack.branch) == ((0,), (0,), (1,))
+    assert (pack.branches, pack.branch) == ((0,), (1,))
     bare = [ReasoningTree(make_trunk(record, processor), ()) for record in scenes.records("train", 2)]
     batch, counters = pack_trees(bare, pack)
-    assert batch.rows.tokens.shape == (2, 0, pack.row) and batch.pairs.shape == (2, 0, 0)
-    assert counters["executed_tokens"] == 2 * batch.trunk.tokens.shape[1]
+    assert batch.pairs.shape == (2, 0, 0) and batch.targets.shape[1] == batch.rows.tokens[0].size
+    lengths = [len(tree.trunk.encoded.tokens) for tree in bare]
+    assert counters["tokens"] == sum(lengths) and max(lengths) <= pack.trunk[0]
+    assert counters["executed_tokens"] == 2 * pack.trunk[0]
 
 
 def test_no_shape_of_a_batch_is_unbounded():

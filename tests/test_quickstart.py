@@ -22,7 +22,7 @@ SMALL = {
     "batch.trees": 2,
     "explore.trees": 4,
     "explore.k": 2,
-    "pack.rows": (12,),
+    "pack.rows": (14,),
     "pack.branches": (12,),
     "eval.n": 2,
     "eval.batch": 8,

@@ -13,7 +13,7 @@ from srpo_jax.inputs import Encoded
 from srpo_jax.trees import FAVOURABLE, UNFAVOURABLE, UNKNOWN, Branch, PackConfig, ReasoningTree, Trunk
 
 ENDS = (4, 6, 8, 10)
-CONFIG = PackConfig(trunk=(16, 32), path=(12,), rows=tuple(range(40)), row=9, branches=(40,), branch=(10,))
+CONFIG = PackConfig(trunk=(16, 32), path=(12,), rows=tuple(range(1, 40)), row=9, branches=(40,), branch=(10,))
 
 
 def make_trunk(unsafe=None) -> Trunk:
@@ -40,23 +40,43 @@ branch_lists = st.lists(
 
 
 @settings(deadline=None)
-@given(branch_lists)
-def test_every_usable_token_is_packed_once_with_its_prefix_and_position(branches):
-    tree = ReasoningTree(make_trunk(), tuple(branches))
-    usable, _, _ = trees.usable_branches(tree, CONFIG)
-    batch, _ = trees.pack_trees([tree], CONFIG)
-    rows, segments = batch.rows, batch.rows.segments[0]
-    assert (segments >= 0).sum() == sum(len(b.tokens) - 1 for b in usable)
-    for m, b in enumerate(usable):
-        here = segments == m
-        assert rows.tokens[0][here].tolist() == b.tokens[:-1].tolist()
-        assert set(rows.limits[0][here].tolist()) <= {ENDS[b.prefix]}
-        assert rows.positions[0][here].tolist() == [ENDS[b.prefix] + k for k in range(len(b.tokens) - 1)]
-        # The gather index leads each token back to the place that predicts it.
-        assert batch.targets[0][batch.slots[0, m, : len(b.tokens)]].tolist() == b.tokens.tolist()
-        assert batch.first[0, m] == ENDS[b.prefix] - 1
-        assert batch.prefix_lengths[0, m] == ENDS[b.prefix] - ENDS[0]
-    assert batch.lengths[0].tolist() == [len(b.tokens) for b in usable] + [0] * (40 - len(usable))
+@given(st.lists(branch_lists, min_size=2, max_size=2), st.integers(1, 2))
+def test_every_token_is_packed_once_with_what_it_sees_and_what_it_predicts(lists, buffers):
+    batch_trees = [ReasoningTree(make_trunk(), tuple(branches)) for branches in lists]
+    batch, counters = trees.pack_trees(batch_trees, CONFIG, buffers=buffers)
+    assert batch.rows.tokens.shape[0] == buffers
+    packed = 0
+    for i, tree in enumerate(batch_trees):
+        g, place = (0, i) if buffers == 1 else (i, 0)
+        usable, _, _ = trees.usable_branches(tree, CONFIG)
+        rows = trees.Rows(*(x[g] for x in batch.rows))
+        mine = (rows.segments >= 0) & (rows.trees == place)[:, None]
+        packed += mine.sum()
+        pieces = [(tree.trunk.encoded.tokens, 0, None)]
+        pieces += [(b.tokens[:-1], ENDS[b.prefix], ENDS[b.prefix]) for b in usable]
+        for segment, (tokens, start, limit) in enumerate(pieces):
+            here = mine & (rows.segments == segment)
+            where = np.argwhere(here)
+            assert rows.tokens[here].tolist() == tokens.tolist()
+            assert (rows.positions[:, here] == start + np.arange(len(tokens))).all()
+            for at, (r, c) in enumerate(where):
+                own = (rows.segments[r, :c] == segment).sum()  # the rest of what it must see, in the trunk
+                assert rows.limits[r, c] == (at - own if limit is None else limit)
+                trunk_rows = rows.tokens[rows.context[r]].reshape(-1)
+                seen = trunk_rows[: rows.limits[r, c]]
+                assert seen.tolist() == tree.trunk.encoded.tokens[: rows.limits[r, c]].tolist()
+        # The slots lead to the scored tokens, and to the tokens before them.
+        scored = [(tree.trunk.path, batch.path_slots[i], ENDS[0])]
+        scored += [(b.tokens, batch.branch_slots[i, m], ENDS[b.prefix]) for m, b in enumerate(usable)]
+        buffer = rows.tokens.reshape(-1)
+        for tokens, slot, end in scored:
+            assert batch.targets[g, slot : slot + len(tokens)].tolist() == tokens.tolist()
+            before = [tree.trunk.encoded.tokens[end - 1], *tokens[:-1]]
+            assert buffer[batch.predictors[g, slot : slot + len(tokens)]].tolist() == before
+        assert batch.lengths[i].tolist() == [len(b.tokens) for b in usable] + [0] * (40 - len(usable))
+        assert batch.prefix_lengths[i, : len(usable)].tolist() == [ENDS[b.prefix] - ENDS[0] for b in usable]
+    assert packed == (batch.rows.segments >= 0).sum() == counters["tokens"]
+    assert (batch.targets >= 0).sum() == batch.lengths.sum() + batch.path_lengths.sum()
 
 
 @settings(deadline=None)
@@ -88,14 +108,25 @@ def test_a_stored_tree_of_a_changed_record_is_refused():
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 20), max_size=40))
-def test_rows_hold_every_sequence_once_and_overflow_none(lengths):
-    rows = trees.pack_rows(lengths, 20)
+@given(st.lists(st.integers(0, 20), max_size=40), st.lists(st.integers(1, 20), max_size=3))
+def test_rows_hold_every_sequence_once_and_overflow_none(lengths, taken):
+    rows = trees.pack_rows(lengths, 20, taken)
     assert sorted(m for row in rows for m in row) == [m for m, n in enumerate(lengths) if n]
-    assert all(sum(lengths[m] for m in row) <= 20 for row in rows)
-    # First fit leaves no two rows that would fit into one.
-    sizes = sorted(sum(lengths[m] for m in row) for row in rows)
-    assert len(sizes) < 2 or sizes[0] + sizes[1] > 20
+    taken += [0] * (len(rows) - len(taken))
+    sizes = [n + sum(lengths[m] for m in row) for n, row in zip(taken, rows, strict=True)]
+    assert max(sizes, default=0) <= 20
+    # First fit leaves no two rows of branches that would fit into one, nor a branch that fits into an earlier row.
+    for r, row in enumerate(rows):
+        assert all(sizes[e] + lengths[m] > 20 for m in row for e in range(r))
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=40), st.integers(1, 4))
+def test_balanced_buffers_hold_equally_many_trees_and_similar_totals(sizes, buffers):
+    sizes = sizes * buffers
+    order = trees.balance(sizes, buffers)
+    assert sorted(order) == list(range(len(sizes)))
+    totals = np.asarray(sizes)[order].reshape(buffers, -1).sum(axis=1)
+    assert totals.max() - totals.min() <= max(sizes)
 
 
 def test_verdicts_of_malformed_branches_follow_the_policy_and_failed_judges_are_dropped():
@@ -154,7 +185,7 @@ def test_what_does_not_fit_is_refused_by_record_and_name():
         ({"path": (8,)}, r"path and reply \(pack\.path\): 9 exceeds the largest bucket 8"),
         ({"row": 8}, r"a branch in a row \(pack\.row\): 9 exceeds the largest bucket 8"),
         ({"branch": (9,)}, r"branch tokens \(pack\.branch\): 10 exceeds the largest bucket 9"),
-        ({"rows": (0,)}, r"rows of branches \(pack\.rows\): 1 exceeds the largest bucket 0"),
+        ({"rows": (2,)}, r"rows of trunk and branches \(pack\.rows\): 3 exceeds the largest bucket 2"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             trees.pack_trees([fits, tree], dataclasses.replace(CONFIG, **change))
@@ -186,12 +217,12 @@ def test_trunks_are_checked_before_exploration_by_record():
             check(iter([trunk]), dataclasses.replace(CONFIG, **change))
     roomy = dataclasses.replace(CONFIG, substitutes=True, branch=(14,), row=13)
     check([trunk], roomy, k=4, max_tokens=10)
-    for change, size in (({"branch": (13,)}, 14), ({"row": 12}, 13), ({"rows": (14,)}, 15)):
+    for change, size in (({"branch": (13,)}, 14), ({"row": 12}, 13), ({"rows": (15,)}, 16)):
         with pytest.raises(ValueError, match=rf"record 'r1': .*pack\.{next(iter(change))}\): {size} exceeds"):
             check([trunk], dataclasses.replace(roomy, **change), k=4, max_tokens=10)
     # What passes is packed: the worst mixture of branches and substitutes.
     worst = [branch(i, [i, n, *range(8)], n < 4) for i in range(3) for n in range(4)]
-    tight = dataclasses.replace(roomy, rows=(15,), branches=(15,))
+    tight = dataclasses.replace(roomy, rows=(16,), branches=(15,))
     check([trunk], tight, k=4, max_tokens=10)
     batch, _ = trees.pack_trees([ReasoningTree(trunk, tuple(worst))], tight)
     assert batch.lengths[0].tolist() == [10] * 12 + [14, 12, 10]

@@ -16,12 +16,18 @@ packs branch a (prefix 2, tokens a1 a2) and branch b (prefix 4, token b1), the s
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from srpo_jax.trees import Rows
+
 KeyValues = tuple[jax.Array, jax.Array]
+SCORE_BYTES = 32 << 20
+"""Memory that the scores of one chunk of queries may take, before one more query row makes them take more."""
 
 
 def causal_mask(lengths: jax.Array, size: int) -> jax.Array:
@@ -50,39 +56,91 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(b, queries, heads, size)
 
 
-def attend_comb(
-    q: jax.Array,
-    trunk: tuple[jax.Array, jax.Array],
-    own: tuple[jax.Array, jax.Array],
-    limits: jax.Array,
-    own_mask: jax.Array,
-) -> jax.Array:
-    """Attention of branch tokens: one softmax over the shared trunk's keys and the row's own keys.
+BACKENDS = ("auto", "xla")
 
-    The trunk's keys are used in place, once per tree and key/value head, for all rows at once. The two parts share one
-    normaliser that is computed here, so gradients flow through it (merging two finished attentions by their log-sum-exp
-    would lose them).
+
+def tree_attention(rows: Rows, backend: str = "auto") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The attention of packed trees, as a function of queries float[G, N, R, H, D], keys and values float[G, N, R, K, D].
+
+    What it needs of `rows` is made once, for all layers.
 
     Args:
-      q: float[B, N, Q, H, D], the queries of N rows.
-      trunk: keys and values float[B, T, K, D].
-      own: keys and values float[B, N, R, K, D] of the same rows.
-      limits: int32[B, N, Q], trunk tokens that the query sees.
-      own_mask: bool[B, N, Q, R], True where the query sees the row's key; every query must see at least one.
+      rows: the packed trees.
+      backend: "xla", the reference, or "auto", the fastest that is there.
+
+    Raises:
+      ValueError: an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+    return functools.partial(attend_tree, rows=rows)
+
+
+def attend_tree(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> jax.Array:
+    """Attention of packed trees in XLA: for each row one softmax over the keys of its trunk and its own.
+
+    Several rows at a time, so that their scores take `SCORE_BYTES` or little more; where that is not all of them, scores are
+    recomputed in the backward pass. The two parts share one normaliser that is computed here, so gradients flow through it
+    (merging two finished attentions by their log-sum-exp would lose them).
+
+    Args:
+      q: float[G, N, R, H, D].
+      k: float[G, N, R, K, D].
+      v: float[G, N, R, K, D].
+      rows: structure of the N rows.
 
     Returns:
-      float[B, N, Q, H, D].
+      float[G, N, R, H, D].
     """
-    (trunk_k, trunk_v), (own_k, own_v) = trunk, own
-    b, rows, queries, heads, size = q.shape
-    grouped = q.reshape(b, rows, queries, trunk_k.shape[2], -1, size)
-    seen = jnp.arange(trunk_k.shape[1]) < limits[..., None]
-    on_trunk = _scores("bnqkgd,btkd->bkgnqt", grouped, trunk_k, seen[:, None, None])
-    on_own = _scores("bnqkgd,bnskd->bkgnqs", grouped, own_k, own_mask[:, None, None])
-    on_trunk, on_own = _joint_softmax(on_trunk, on_own)
-    out = jnp.einsum("bkgnqt,btkd->bnqkgd", on_trunk.astype(trunk_v.dtype), trunk_v)
-    out += jnp.einsum("bkgnqs,bnskd->bnqkgd", on_own.astype(own_v.dtype), own_v)
-    return out.reshape(b, rows, queries, heads, size)
+    count, row, heads = q.shape[1:4]
+    scores = 4 * heads * row * (rows.context.shape[-1] + 1) * row
+    steps = -(-count // max(1, SCORE_BYTES // scores)) if count else 1
+    each = -(-count // steps)
+
+    def some(part: tuple[jax.Array, ...]) -> jax.Array:
+        q, own_k, own_v, segments, limits, context = part
+        return _attend_rows(q, (own_k, own_v), (_gather(k, context), _gather(v, context)), limits, segments)
+
+    parts = (q, k, v, rows.segments, rows.limits, rows.context)
+    if steps == 1:
+        return some(parts)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, steps * each - count), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], steps, each, *x.shape[2:]), 1, 0)
+
+    y = jax.lax.map(jax.checkpoint(some), tuple(split(jnp.asarray(x)) for x in parts))
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :count]
+
+
+def _gather(x: jax.Array, context: jax.Array) -> jax.Array:
+    """float[G, n, W R, K, D], the rows `context` int32[G, n, W] of `x` float[G, N, R, K, D] end to end."""
+    picked = jax.vmap(lambda one, index: one[index])(x, jnp.asarray(context))
+    return picked.reshape(*picked.shape[:2], -1, *picked.shape[4:])
+
+
+def _attend_rows(q: jax.Array, own: KeyValues, trunk: KeyValues, limits: jax.Array, segments: jax.Array) -> jax.Array:
+    """Rows of queries over the keys of their trunks below `limits` and the earlier ones of their own segment.
+
+    Args:
+      q: float[G, N, R, H, D].
+      own: float[G, N, R, K, D].
+      trunk: float[G, N, T, K, D].
+      limits: int32[G, N, R].
+      segments: int32[G, N, R].
+    """
+    (own_k, own_v), (trunk_k, trunk_v) = own, trunk
+    grouped = q.reshape(*q.shape[:3], own_k.shape[3], -1, q.shape[-1])
+    index = jnp.arange(q.shape[2])
+    same = (segments[..., :, None] == segments[..., None, :]) & (index[None, :] <= index[:, None])
+    seen = jnp.arange(trunk_k.shape[2]) < limits[..., None]
+    products = "gnqkhd,gnskd->gnkhqs"
+    on_own = _scores(products, grouped, own_k, same[:, :, None, None])
+    on_trunk = _scores(products, grouped, trunk_k, seen[:, :, None, None])
+    on_own, on_trunk = _joint_softmax(on_own, on_trunk)
+    out = jnp.einsum("gnkhqs,gnskd->gnqkhd", on_own.astype(own_v.dtype), own_v)
+    out += jnp.einsum("gnkhqs,gnskd->gnqkhd", on_trunk.astype(trunk_v.dtype), trunk_v)
+    return out.reshape(q.shape)
 
 
 class CombCache(NamedTuple):

@@ -19,30 +19,41 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = CHUNK) -> jax.Array:
     """log p(target) for every position, `chunk` positions at a time.
 
-    The [positions, V] logits never exist as a whole: each chunk's are recomputed in the backward pass.
+    The [positions, V] logits never exist as a whole: each chunk's are recomputed in the backward pass. Chunks are taken along
+    the last axis of positions only, so that a batch that is split over devices stays so; a chunk without any target is skipped.
 
     Args:
-      hidden: float[..., D], the final normed hidden state that predicts the target.
+      hidden: float[..., n, D], the final normed hidden state that predicts the target.
       head: float[V, D].
-      targets: int32[...].
-      chunk: positions per chunk.
+      targets: int32[..., n]; negative where there is none.
+      chunk: positions of each row per chunk.
 
     Returns:
-      float32[...] (float64 if hidden is float64).
+      float32[..., n] (float64 if hidden is float64), 0 where there is no target.
     """
-    flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    count = flat.shape[0]
-    chunk = min(chunk, count)
-    missing = -count % chunk
-    flat = jnp.pad(flat, ((0, missing), (0, 0))).reshape(-1, chunk, flat.shape[-1])
-    wanted = jnp.pad(wanted, (0, missing)).reshape(-1, chunk)
+    *lead, count = targets.shape
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    steps = max(1, -(-count // chunk))
+    chunk = -(-count // steps)
+
+    def split(x: jax.Array, axis: int, fill: int) -> jax.Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, steps * chunk - count)
+        x = jnp.pad(x, widths, constant_values=fill)
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], steps, chunk, *x.shape[axis + 1 :]), axis, 0)
 
     @jax.checkpoint
-    def one_chunk(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = head_logits(args[0], head)
-        return logprobs_of(logits, args[1])
+    def score(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        scores = logprobs_of(head_logits(hidden, head), jnp.maximum(targets, 0))
+        return jnp.where(targets >= 0, scores, 0)
 
-    return jax.lax.map(one_chunk, (flat, wanted)).reshape(-1)[:count].reshape(targets.shape)
+    def one_chunk(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        nothing = jnp.zeros(args[1].shape, dtype)
+        return jax.lax.cond(jnp.any(args[1] >= 0), score, lambda *_: nothing, *args)
+
+    axis = len(lead)
+    scores = jax.lax.map(one_chunk, (split(hidden, axis, 0), split(jnp.asarray(targets), axis, -1)))
+    return jnp.moveaxis(scores, 0, axis).reshape(*lead, steps * chunk)[..., :count]
 
 
 def logprobs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:

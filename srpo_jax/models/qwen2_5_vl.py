@@ -35,14 +35,14 @@ def mrope_angles(positions: jax.Array, config: TextConfig) -> jax.Array:
     width. With equal ids this is ordinary rotary embedding.
 
     Args:
-      positions: int32[B, 3, T].
+      positions: int32[B, 3, ...].
       config: the decoder's configuration.
 
     Returns:
-      float32[B, T, head_dim / 2].
+      float32[B, ..., head_dim / 2].
     """
     section = np.repeat(np.arange(3), config.mrope_section)
-    return jnp.moveaxis(positions[:, section], 1, 2) * _frequencies(config)
+    return jnp.moveaxis(positions[:, section], 1, -1) * _frequencies(config)
 
 
 def text_angles(positions: jax.Array, config: TextConfig) -> jax.Array:
@@ -148,35 +148,33 @@ class Qwen2_5_VL(nnx.Module):
         x, kv = self._scan(step, x, remat=remat)
         return self.norm(x), kv
 
-    def comb(
-        self, inputs: Inputs, rows: Rows, features: jax.Array | None, *, remat: Remat = "none"
-    ) -> tuple[jax.Array, jax.Array]:
-        """Trunks and the branches that leave them, in one pass through the layers.
+    def comb(self, rows: Rows, features: jax.Array | None, *, remat: Remat = "none", backend: str = "auto") -> jax.Array:
+        """Trees, each token once, in one pass through the layers.
+
+        Args:
+          rows: the packed trees.
+          features: merged image features float[B, m, D] of their trees, the same number for each buffer.
+          remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
+          backend: of the attention, see `attention.tree_attention`.
 
         Returns:
-          Final normed hidden states of the trunk float[B, T, D] and of the rows float[B, N, R, D].
+          Final normed hidden states float[G, N, R, D].
         """
-        if rows.tokens.size == 0:  # trunks alone, as in supervised training
-            hidden, _ = self.trunk(inputs, features, remat=remat)
-            return hidden, jnp.zeros((*rows.tokens.shape, hidden.shape[-1]), hidden.dtype)
-        config = self.config.text
-        trunk_mask = attention.causal_mask(inputs.lengths, inputs.tokens.shape[1])
-        trunk_angles, row_angles = mrope_angles(inputs.positions, config), text_angles(rows.positions, config)
-        own_mask = same_branch_mask(rows.segments)
+        buffers = rows.tokens.shape[0]
+        tokens, slots = (x.reshape(buffers, -1) for x in (rows.tokens, rows.image_slots))
+        if features is not None:  # a buffer's trees share one table
+            offset = rows.trees[..., None] * features.shape[1]
+            slots = jnp.where(rows.image_slots >= 0, rows.image_slots + offset, -1).reshape(buffers, -1)
+            features = features.reshape(buffers, -1, features.shape[-1])
+        angles = mrope_angles(jnp.asarray(rows.positions), self.config.text)
+        attend = attention.tree_attention(rows, backend)
 
-        def step(layer, streams):
-            trunk, branch = streams
-            trunk, kv = layer(trunk, trunk_angles, lambda q, k, v: (attention.attend(q, k, v, trunk_mask), (k, v)))
-            branch, _ = layer(
-                branch,
-                row_angles,
-                lambda q, k, v: (attention.attend_comb(q, kv, (k, v), rows.limits, own_mask), None),
-            )
-            return (trunk, branch), None
+        def step(layer, x):
+            return layer(x, angles, lambda q, k, v: (attend(q, k, v), None))
 
-        trunk = self.embed_tokens(inputs.tokens, inputs.image_slots, features)
-        (trunk, branch), _ = self._scan(step, (trunk, self.embed[...][rows.tokens]), remat=remat)
-        return self.norm(trunk), self.norm(branch)
+        x = self.embed_tokens(tokens, slots, features)
+        x, _ = self._scan(step, x.reshape(*rows.tokens.shape, -1), remat=remat)
+        return self.norm(x)
 
     def decode(
         self, tokens: jax.Array, positions: jax.Array, limits: jax.Array, cache: CombCache, step: jax.Array
@@ -225,9 +223,3 @@ class Qwen2_5_VL(nnx.Module):
             return step(nnx.merge(layer_def, layer_state), x)
 
         return jax.lax.scan(rematerialised(body, remat), x, layers)
-
-
-def same_branch_mask(segments: jax.Array) -> jax.Array:
-    """bool[B, N, R, R]: a row's token sees earlier tokens of its own branch; segments int32[B, N, R]."""
-    index = jnp.arange(segments.shape[-1])
-    return (segments[..., :, None] == segments[..., None, :]) & (index[None, :] <= index[:, None])

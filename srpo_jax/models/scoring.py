@@ -12,7 +12,7 @@ from srpo_jax.trees import TreeBatch
 
 
 def tree_logprobs(
-    model: Qwen2_5_VL, batch: TreeBatch, *, remat: Remat = "none", chunk: int = CHUNK
+    model: Qwen2_5_VL, batch: TreeBatch, *, remat: Remat = "none", chunk: int = CHUNK, attention: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
     """log π of every token of the reference path and of every branch.
 
@@ -20,19 +20,21 @@ def tree_logprobs(
       model: the policy's module.
       batch: packed trees.
       remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
-      chunk: positions per chunk of the log-prob head.
+      chunk: positions of a buffer per chunk of the log-prob head.
+      attention: backend, see `models.attention.tree_attention`.
 
     Returns:
       float32[B, A] for path and reply, float32[B, M, L] for the branches; meaningless beyond their lengths.
     """
-    features = model.encode_images(batch.trunk.vision, remat=remat)
-    trunk, rows = model.comb(batch.trunk, batch.rows, features, remat=remat)
-    size, path = batch.path_targets.shape
-    before = batch.path_start[:, None] - 1 + jnp.arange(path)
-    before = jnp.minimum(before, trunk.shape[1] - 1)  # padding reads the last token; its value is masked by the loss
-    picked = jnp.take_along_axis(trunk, jnp.concatenate([before, batch.first], axis=1)[..., None], axis=1)
-    hidden = jnp.concatenate([picked, rows.reshape(size, -1, rows.shape[-1])], axis=1)
-    targets = jnp.concatenate([batch.path_targets, batch.targets], axis=1)
-    scores = token_logprobs(hidden, model.output_embedding, targets, chunk)
-    of_path, of_branches = scores[:, :path], scores[:, path:]
-    return of_path, jnp.take_along_axis(of_branches, batch.slots.reshape(size, -1), axis=1).reshape(batch.slots.shape)
+    features = model.encode_images(batch.vision, remat=remat)
+    hidden = model.comb(batch.rows, features, remat=remat, backend=attention)
+    buffers = hidden.shape[0]
+    hidden = hidden.reshape(buffers, -1, hidden.shape[-1])
+    picked = jnp.take_along_axis(hidden, batch.predictors[..., None], axis=1)
+    scores = token_logprobs(picked, model.output_embedding, batch.targets, chunk)
+
+    def of(slots: jax.Array, length: int) -> jax.Array:
+        at = jnp.minimum(slots[..., None] + jnp.arange(length), scores.shape[1] - 1)
+        return jnp.take_along_axis(scores, at.reshape(buffers, -1), axis=1).reshape(at.shape)
+
+    return of(batch.path_slots, batch.path_targets.shape[1]), of(batch.branch_slots, batch.tokens.shape[2])

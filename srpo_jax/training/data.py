@@ -11,7 +11,7 @@ import jax
 
 from srpo_jax.exploration.trunks import render_trunk
 from srpo_jax.models.processor import Processor
-from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees
+from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, balance, pack_trees
 
 
 class StepBatch(NamedTuple):
@@ -55,7 +55,13 @@ class BatchConfig:
 
 
 def step_batches(
-    source: Sequence[ReasoningTree], pack: PackConfig, config: BatchConfig, start: int, stop: int, first: int = 0
+    source: Sequence[ReasoningTree],
+    pack: PackConfig,
+    config: BatchConfig,
+    start: int,
+    stop: int,
+    first: int = 0,
+    buffers: int = 1,
 ) -> Iterator[StepBatch]:
     """Batches of the updates `start .. stop-1`, questions drawn without replacement in an order that each epoch shuffles.
 
@@ -66,14 +72,16 @@ def step_batches(
       start: the first update wanted; the batches before it are not computed.
       stop: where to end.
       first: the update at which `source` began to be read (the start of its round).
+      buffers: over which the questions of a micro-batch are spread, one or more per device.
     """
     per_step = config.trees * config.accumulate
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat().batch(per_step)
 
     def make(step: int) -> StepBatch:
         trees = [source[int(i)] for i in order[int(step) - first]]
-        batch, counters = pack_trees(trees, pack)
-        split = jax.tree.map(lambda x: x.reshape(config.accumulate, config.trees, *x.shape[1:]), batch)
+        trees = [trees[i] for i in balance([tree.tokens for tree in trees], config.accumulate * buffers)]
+        batch, counters = pack_trees(trees, pack, buffers=config.accumulate * buffers)
+        split = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]), batch)
         return StepBatch(int(step), split, [t.trunk.record_id for t in trees], counters)
 
     steps = grain.MapDataset.range(start, stop).map(make)

@@ -111,7 +111,7 @@ def train(
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
                 trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, at_start=step == first)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
-                batches = step_batches(trees, config.pack, batch, step, stop, first)
+                batches = step_batches(trees, config.pack, batch, step, stop, first, sharding.batch_parts(mesh))
                 state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
                 step = int(state.step)
             return state.all_params()

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from srpo_jax import losses, sharding
+from srpo_jax.models.attention import BACKENDS
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
 from srpo_jax.models.quantize import compute_params
@@ -53,14 +54,16 @@ class ComputeConfig:
       remat: what each layer, of the vision tower too, keeps for the backward pass: "none" everything, "selective" the
         products with kernels, "full" its input alone.
       logprob_chunk: positions per chunk of the log-prob head.
+      attention: backend of the trees' attention, see `models.attention.tree_attention`.
 
     Raises:
-      ValueError: no floating dtype, no such remat, or an empty chunk.
+      ValueError: no floating dtype, no such remat, an empty chunk, or an unknown backend.
     """
 
     dtype: str = "float32"
     remat: Remat = "full"
     logprob_chunk: int = CHUNK
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
@@ -69,13 +72,17 @@ class ComputeConfig:
             raise ValueError(f"remat={self.remat!r}: use 'none', 'selective' or 'full'")
         if self.logprob_chunk < 1:
             raise ValueError(f"logprob_chunk={self.logprob_chunk}: at least 1")
+        if self.attention not in BACKENDS:
+            raise ValueError(f"attention={self.attention!r}: use one of {', '.join(map(repr, BACKENDS))}")
 
 
 def srpo_loss(
     model: Any, batch: TreeBatch, config: LossConfig, compute: ComputeConfig = ComputeConfig()
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and statistics of every question of a batch, float[B] each; `model` is the policy's module."""
-    path, branch = tree_logprobs(model, batch, remat=compute.remat, chunk=compute.logprob_chunk)
+    path, branch = tree_logprobs(
+        model, batch, remat=compute.remat, chunk=compute.logprob_chunk, attention=compute.attention
+    )
     branches = losses.BranchLogprobs(branch, batch.lengths, batch.prefixes, batch.pairs, batch.tokens)
     return losses.srpo(
         path,

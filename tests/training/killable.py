@@ -24,7 +24,7 @@ def small_config():
     config = configs.default_config()
     config.data.n = 8
     config.explore.update(k=2, max_tokens=100, trees=4, trunk=(144,), patches=(64,))
-    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(12,), row=100, branches=(12,), branch=(100,))
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(14,), row=100, branches=(12,), branch=(100,))
     config.batch.update(trees=2, accumulate=2)
     config.optim.update(learning_rate=1e-3, warmup=1)
     config.update(rounds=2, updates=4, checkpoint_every=2)

@@ -22,7 +22,7 @@ from srpo_jax.models.scoring import tree_logprobs
 
 VOCAB, PATCH_DIM, WINDOW = 40, 3 * 2 * 4 * 4, 4  # 4-pixel patches, windows of 2 × 2 patches: one merged feature each
 PROMPT, STEP, REPLY, STEPS, LONGEST, SEQUENCES, PAIRS = 9, 3, 4, 3, 10, 20, 256
-PACK = trees.PackConfig(trunk=(24,), path=(16,), patches=(16,), rows=(12,), row=11, branches=(20,), branch=(LONGEST,))
+PACK = trees.PackConfig(trunk=(24,), path=(16,), patches=(16,), rows=(15,), row=11, branches=(20,), branch=(LONGEST,))
 LAMBDA = 0.7
 
 

@@ -1,0 +1,30 @@
+"""Reasoning trees: one trunk, many branches, and their packing into static shapes."""
+
+from srpo_jax.trees.packing import Rows, TreeBatch, balance, pack_rows, pack_trees
+from srpo_jax.trees.selection import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs, usable_branches, verdict_of
+from srpo_jax.trees.shapes import PATCHES, Ladder, PackConfig, bucket, check_trunks, patches_of, rows_needed
+from srpo_jax.trees.tree import Branch, ReasoningTree, Trunk
+
+__all__ = [
+    "FAVOURABLE",
+    "PATCHES",
+    "UNFAVOURABLE",
+    "UNKNOWN",
+    "Branch",
+    "Ladder",
+    "PackConfig",
+    "ReasoningTree",
+    "Rows",
+    "TreeBatch",
+    "Trunk",
+    "balance",
+    "bucket",
+    "check_trunks",
+    "pack_rows",
+    "pack_trees",
+    "patches_of",
+    "rows_needed",
+    "select_pairs",
+    "usable_branches",
+    "verdict_of",
+]

@@ -1,0 +1,319 @@
+"""Trees in static shapes, with next to no padding.
+
+A buffer holds one or several trees, cut into rows of R tokens. A tree's rows are consecutive: first its trunk, then its
+branches, first-fit decreasing into what is free, the rest of the trunk's last row included. Of a tree with a trunk of six
+tokens, branch a at prefix 4 (inputs a1 a2 a3) and branches b, c at prefix 5 (b1 b2, c1), rows of four tokens look like
+
+              tokens          limits        segments (0: trunk, m + 1: branch m, -1: padding)
+    row 0   t1 t2 t3 t4     0  0  0  0     0  0  0  0
+    row 1   t5 t6 b1 b2     4  4  5  5     0  0  2  2
+    row 2   a1 a2 a3 c1     4  4  4  5     1  1  1  3
+
+A token sees the trunk's tokens below its `limit`, and the tokens up to itself of its own segment in its row. So a piece of the
+trunk is to the pieces before it what a branch is to its prefix, and one rule of attention serves both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from srpo_jax.inputs import Array, VisionInputs, batch_vision, pad_to
+from srpo_jax.trees.selection import UNKNOWN, select_pairs, usable_branches
+from srpo_jax.trees.shapes import PackConfig, bucket_of, patches_of
+from srpo_jax.trees.tree import Branch, ReasoningTree
+
+
+class Rows(NamedTuple):
+    """What the decoder reads: G buffers of N rows of R tokens.
+
+    Attributes:
+      tokens: int32[G, N, R].
+      positions: int32[G, 3, N, R], M-RoPE ids for time, height, width.
+      image_slots: int32[G, N, R], index of the feature of its tree that replaces the token's embedding; -1 for text.
+      segments: int32[G, N, R], 0 for the trunk, m + 1 for branch m of the row's tree, -1 for padding.
+      limits: int32[G, N, R], how many trunk tokens the token sees beside those of its own segment.
+      trees: int32[G, N], which of the buffer's trees the row belongs to.
+      context: int32[G, N, W], the rows that hold the trunk of the row's tree, in order; of W rows, a short trunk's are fewer,
+        and no limit reaches into the others.
+    """
+
+    tokens: Array
+    positions: Array
+    image_slots: Array
+    segments: Array
+    limits: Array
+    trees: Array
+    context: Array
+
+
+class TreeBatch(NamedTuple):
+    """B trees in G buffers, B / G in each.
+
+    `r` tokens of path and reply are padded to `A`, branches to `M`, their tokens to `L`: what the loss reads, not what the
+    decoder computes.
+
+    Attributes:
+      rows: the tokens of all trees, each once; of a branch all but the last.
+      vision: the trees' images, [B, ...], or None when no tree has one.
+      predictors: int32[G, Q], tokens of the buffer (as if its rows were one) whose hidden state predicts a scored token.
+      targets: int32[G, Q], that scored token; -1 for padding. A tree's scored tokens stand together: those of path and reply,
+        then branch after branch.
+      path_slots: int32[B], where in the buffer's `targets` the tree's path begins.
+      branch_slots: int32[B, M], where a branch begins.
+      path_targets: int32[B, A], tokens of path and reply.
+      path_lengths: int32[B], `r`.
+      tokens: int32[B, M, L], the branch's tokens.
+      lengths: int32[B, M], tokens of the branch, 0 for padding.
+      prefixes: int32[B, M], prefix index, -1 for padding.
+      prefix_lengths: int32[B, M], `e_i - e_0`, path tokens in the branch's prefix.
+      verdicts: int8[B, M], 1 favourable, 0 unfavourable, -1 padding. SRPO's loss reads `pairs` alone; this is for losses
+        that weigh or rank single branches.
+      pairs: bool[B, M, M], [b+, b-] where favourable b+ is compared with unfavourable b-.
+      weight: float32[B], 1 for a question, 0 for a padding tree.
+    """
+
+    rows: Rows
+    vision: VisionInputs | None
+    predictors: Array
+    targets: Array
+    path_slots: Array
+    branch_slots: Array
+    path_targets: Array
+    path_lengths: Array
+    tokens: Array
+    lengths: Array
+    prefixes: Array
+    prefix_lengths: Array
+    verdicts: Array
+    pairs: Array
+    weight: Array
+
+
+class _Tree(NamedTuple):
+    """A tree and where its pieces go: rows of indices of branches, the trunk's rows first."""
+
+    tree: ReasoningTree
+    branches: list[Branch]
+    verdicts: list[int]
+    rows: list[list[int]]
+
+
+class _Shape(NamedTuple):
+    context: int
+    path: int
+    patches: int
+    rows: int
+    branches: int
+    branch: int
+
+
+def pack_rows(lengths: Sequence[int], row: int, taken: Sequence[int] = ()) -> list[list[int]]:
+    """First-fit decreasing: indices of the sequences that share each row of `row` tokens. Empty sequences take no room.
+
+    Args:
+      lengths: of the sequences.
+      row: tokens per row.
+      taken: tokens that something else takes of the first rows.
+    """
+    rows: list[list[int]] = [[] for _ in taken]
+    free = [row - n for n in taken]
+    for index in sorted(range(len(lengths)), key=lambda k: (-lengths[k], k)):
+        size = lengths[index]
+        if size == 0:
+            continue
+        if size > row:
+            raise ValueError(f"a branch of {size + 1} tokens does not fit into rows of {row}; raise PackConfig.row")
+        home = next((r for r, room in enumerate(free) if room >= size), len(rows))
+        if home == len(rows):
+            rows.append([])
+            free.append(row)
+        rows[home].append(index)
+        free[home] -= size
+    return rows
+
+
+def balance(sizes: Sequence[int], buffers: int) -> list[int]:
+    """An order of trees whose consecutive groups, one per buffer and equally many in each, have similar total sizes.
+
+    The largest goes first, always to the group with the least so far that has room.
+    """
+    groups: list[list[int]] = [[] for _ in range(buffers)]
+    for index in sorted(range(len(sizes)), key=lambda k: (-sizes[k], k)):
+        open_groups = [g for g in groups if len(g) * buffers < len(sizes)]
+        min(open_groups, key=lambda g: sum(sizes[i] for i in g)).append(index)
+    return [i for group in groups for i in group]
+
+
+def pack_trees(
+    trees: Sequence[ReasoningTree], config: PackConfig, size: int | None = None, buffers: int = 1
+) -> tuple[TreeBatch, dict]:
+    """Packs trees, in order, into a `TreeBatch` of `size` trees (default: as many as given); the rest is padding of weight 0.
+
+    Args:
+      trees: at least one.
+      config: the shapes.
+      size: B.
+      buffers: G, a divisor of `size`; one for each device that works on its own trees.
+
+    Returns:
+      The batch in numpy, and counters: merged and dropped branches, prefixes, executed and useful tokens.
+
+    Raises:
+      ValueError: a tree that exceeds the largest shapes; names its record.
+    """
+    size = len(trees) if size is None else size
+    if not trees or len(trees) > size or size % buffers:
+        raise ValueError(f"{len(trees)} trees do not make a batch of {size} in {buffers} buffers of equally many")
+    parts, counts = _lay_out(trees, config)
+    each = size // buffers
+    groups = [parts[g * each : (g + 1) * each] for g in range(buffers)]
+    shape = _shape(groups, each, config)
+    rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config.row) for g in groups), strict=True)
+    packed = [_pack_tree(part, shape, config) for part in parts]
+    packed += [_padding_tree(packed[0])] * (size - len(trees))
+    images = [tree.trunk.encoded.vision for tree in trees] + [None] * (size - len(trees))
+    path_slots, branch_slots = (np.concatenate(x) for x in zip(*slots, strict=True))
+    batch = TreeBatch(
+        rows=Rows(*(np.stack(x) for x in zip(*rows, strict=True))),
+        vision=batch_vision(images, shape.patches),
+        predictors=np.stack(predictors),
+        targets=np.stack(targets),
+        path_slots=path_slots,
+        branch_slots=branch_slots,
+        **{k: np.stack([p[k] for p in packed]) for k in packed[0]},
+    )
+    counts["tokens"] = int(np.sum(batch.rows.segments >= 0))
+    counts["executed_tokens"] = batch.rows.tokens.size
+    return batch, counts
+
+
+def _lay_out(trees: Sequence[ReasoningTree], config: PackConfig) -> tuple[list[_Tree], dict[str, int]]:
+    """The branches of every tree that count, in rows, and how many were merged and dropped."""
+    parts, counters = [], {"merged": 0, "dropped": 0, "prefixes": 0}
+    for tree in trees:
+        branches, verdicts, counts = usable_branches(tree, config)
+        inputs = [len(b.tokens) - 1 for b in branches]
+        bucket_of(tree.trunk, max(inputs, default=0), (config.row,), "tokens of a branch in a row (pack.row)")
+        whole, rest = divmod(len(tree.trunk.encoded.tokens), config.row)
+        taken = [config.row] * whole + [rest] * (rest > 0)
+        parts.append(_Tree(tree, branches, verdicts, pack_rows(inputs, config.row, taken)))
+        for name, count in {**counts, "prefixes": len(tree.trunk.prefixes)}.items():
+            counters[name] += count
+    return parts, counters
+
+
+def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> _Shape:
+    parts = [part for group in groups for part in group]
+
+    def fit(size_of, ladder, what: str) -> int:
+        largest = max(parts, key=size_of)
+        return bucket_of(largest.tree.trunk, size_of(largest), ladder, what)
+
+    fullest = max(groups, key=lambda group: sum(len(p.rows) for p in group))
+    average = -(-sum(len(p.rows) for p in fullest) // each)
+    largest = max(fullest, key=lambda p: len(p.rows)).tree.trunk
+    patches = max(patches_of(p.tree.trunk) for p in parts)
+    trunk = fit(lambda p: len(p.tree.trunk.encoded.tokens), config.trunk, "trunk tokens (pack.trunk)")
+    return _Shape(
+        context=-(-trunk // config.row),
+        path=fit(lambda p: len(p.tree.trunk.path), config.path, "tokens of path and reply (pack.path)"),
+        patches=fit(lambda p: patches_of(p.tree.trunk), config.patches or (patches,), "vision patches (pack.patches)")
+        if patches
+        else 0,
+        rows=each * bucket_of(largest, average, config.rows, "rows of trunk and branches (pack.rows)"),
+        branches=fit(lambda p: len(p.branches), config.branches, "branches (pack.branches)"),
+        branch=fit(
+            lambda p: max((len(b.tokens) for b in p.branches), default=1), config.branch, "branch tokens (pack.branch)"
+        ),
+    )
+
+
+def _pack_buffer(group: Sequence[_Tree], each: int, shape: _Shape, row: int):
+    """Rows, predictors, targets and slots of one buffer, without an axis of buffers."""
+    rows = Rows(
+        tokens=np.zeros((shape.rows, row), np.int32),
+        positions=np.zeros((3, shape.rows, row), np.int32),
+        image_slots=np.full((shape.rows, row), -1, np.int32),
+        segments=np.full((shape.rows, row), -1, np.int32),
+        limits=np.zeros((shape.rows, row), np.int32),
+        trees=np.zeros(shape.rows, np.int32),
+        context=np.zeros((shape.rows, shape.context), np.int32),
+    )
+    path_slots, branch_slots = np.zeros(each, np.int32), np.zeros((each, shape.branches), np.int32)
+    scored: list[np.ndarray] = [np.zeros((2, 0), np.int32)]
+    count = first = 0
+    for i, part in enumerate(group):
+        starts = _fill_rows(part, first, rows, row)
+        here = slice(first, first + len(part.rows))
+        rows.trees[here], rows.context[here] = i, np.minimum(first + np.arange(shape.context), shape.rows - 1)
+        ends = part.tree.trunk.ends
+        pieces = [
+            (ends[0] - 1, ends[0], part.tree.trunk.path)
+        ]  # what predicts the first token, what the others; tokens
+        pieces += [(ends[b.prefix] - 1, start, b.tokens) for b, start in zip(part.branches, starts, strict=True)]
+        slots = count + np.cumsum([0, *(len(tokens) for _, _, tokens in pieces)])
+        for before, start, tokens in pieces:
+            predictors = np.concatenate([[before], start + np.arange(len(tokens) - 1)]) + first * row
+            scored.append(np.stack([predictors, tokens]).astype(np.int32))
+        path_slots[i], branch_slots[i, : len(starts)], count = slots[0], slots[1:-1], slots[-1]
+        first += len(part.rows)
+    room = (
+        shape.rows * row + each * shape.branches
+    )  # every token of the buffer, and what the trunk predicts of branches
+    predictors, targets = np.concatenate(scored, axis=1)
+    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), (path_slots, branch_slots)
+
+
+def _fill_rows(part: _Tree, first: int, rows: Rows, row: int) -> list[int]:
+    """Writes a tree into the rows from `first` on; returns where its branches' inputs begin, as if its rows were one."""
+
+    def put(r: int, at: int, tokens, positions, slots, segment: int, limit: int) -> None:
+        here = slice(at, at + len(tokens))
+        rows.tokens[first + r, here], rows.positions[:, first + r, here] = tokens, positions
+        rows.image_slots[first + r, here] = slots
+        rows.segments[first + r, here], rows.limits[first + r, here] = segment, limit
+
+    ends, encoded = part.tree.trunk.ends, part.tree.trunk.encoded
+    starts = [0] * len(part.branches)
+    for r, members in enumerate(part.rows):
+        piece = slice(r * row, (r + 1) * row)
+        put(r, 0, encoded.tokens[piece], encoded.positions[:, piece], encoded.image_slots[piece], 0, r * row)
+        at = len(encoded.tokens[piece])
+        for m in members:
+            tokens, end = part.branches[m].tokens[:-1], ends[part.branches[m].prefix]
+            put(r, at, tokens, encoded.positions[0, end] + np.arange(len(tokens)), -1, m + 1, end)
+            starts[m] = r * row + at
+            at += len(tokens)
+    return starts
+
+
+def _pack_tree(part: _Tree, shape: _Shape, config: PackConfig) -> dict[str, Any]:
+    """What the loss reads of one tree, without an axis of trees."""
+    branches, trunk = part.branches, part.tree.trunk
+    tokens = np.zeros((shape.branches, shape.branch), np.int32)
+    for m, branch in enumerate(branches):
+        tokens[m, : len(branch.tokens)] = branch.tokens
+    prefixes = np.asarray([b.prefix for b in branches], np.int32)
+    ends = np.asarray(trunk.ends, np.int32)
+    pairs = select_pairs(prefixes, part.verdicts, config.max_pairs)
+    count = shape.branches
+    return {
+        "path_targets": pad_to(trunk.path, shape.path, 0),
+        "path_lengths": np.int32(len(trunk.path)),
+        "tokens": tokens,
+        "lengths": pad_to(np.asarray([len(b.tokens) for b in branches], np.int32), count, 0),
+        "prefixes": pad_to(prefixes, count, 0, -1),
+        "prefix_lengths": pad_to(ends[prefixes] - ends[0], count, 0),
+        "verdicts": pad_to(np.asarray(part.verdicts, np.int8), count, 0, UNKNOWN),
+        "pairs": pad_to(pad_to(pairs, count, 0), count, 1),
+        "weight": np.float32(1),
+    }
+
+
+def _padding_tree(packed: dict[str, Any]) -> dict[str, Any]:
+    """A padding tree: the shapes of `packed`, nothing in it, weight 0."""
+    empty = {k: np.zeros_like(v) for k, v in packed.items()}
+    return empty | {name: np.full_like(packed[name], -1) for name in ("prefixes", "verdicts")}
