@@ -1,24 +1,29 @@
-"""Attention over a sequence, and over a comb.
+"""Attention over a sequence, over packed trees, and over a comb that is being decoded.
 
 Both are grouped-query attention with scores and softmax in float32 or wider. Shapes: `B` batch, `Q` queries, `S` keys, `H`
 query heads, `K` key/value heads (H a multiple of K), `D` head size.
 
-A comb is a trunk and rows of branches that start at prefixes of it. A branch's query attends to the trunk's keys below its
-own `limit` (the prefix length) and to the earlier tokens of the same branch. With a trunk of five tokens and one row that
-packs branch a (prefix 2, tokens a1 a2) and branch b (prefix 4, token b1), the scores kept are
+Packed trees lie in rows (`trees.Rows`): a token attends to the trunk's tokens below its own `limit` and to the tokens up to
+itself of its own segment. With a trunk of five tokens in rows of four, branch a (prefix 2, tokens a1 a2) and branch b (prefix
+4, token b1), the scores kept are
 
-               trunk        row
-             1 2 3 4 5   a1 a2 b1
-        a1   x x . . .   x  .  .
-        a2   x x . . .   x  x  .
-        b1   x x x x .   .  .  x
+             row 0         row 1
+            1 2 3 4     5 a1 a2 b1
+       1    x . . .
+       2    x x . .
+       3    x x x .
+       4    x x x x
+       5    x x x x     x  .  .  .
+       a1   x x . .     .  x  .  .
+       a2   x x . .     .  x  x  .
+       b1   x x x x     .  .  .  x
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +32,7 @@ from srpo_jax.trees import Rows
 
 KeyValues = tuple[jax.Array, jax.Array]
 SCORE_BYTES = 32 << 20
-"""Memory that the scores of one chunk of queries may take, before one more query row makes them take more."""
+"""Memory of each buffer's (or batch's) scores that are computed at a time, if one query or row of queries fits."""
 
 
 def causal_mask(lengths: jax.Array, size: int) -> jax.Array:
@@ -38,7 +43,7 @@ def causal_mask(lengths: jax.Array, size: int) -> jax.Array:
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention.
+    """Grouped-query attention, several queries at a time where the scores of all would take more than `SCORE_BYTES`.
 
     Args:
       q: float[B, Q, H, D].
@@ -49,11 +54,34 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     Returns:
       float[B, Q, H, D].
     """
-    b, queries, heads, size = q.shape
-    grouped = q.reshape(b, queries, k.shape[2], -1, size)
-    scores = _scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(b, queries, heads, size)
+
+    def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        q, mask = part
+        grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+        scores = _scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+
+    return _in_chunks(some, (q, mask), 4 * q.shape[0] * q.shape[2] * k.shape[1])
+
+
+def _in_chunks(some: Callable[[Any], jax.Array], parts: tuple[jax.Array, ...], score_bytes: int) -> jax.Array:
+    """`some(parts)`, over chunks of the parts' axis 1 whose scores, `score_bytes` per index, take `SCORE_BYTES` or one index.
+
+    Where that is not all of it, scores are recomputed in the backward pass. The last chunk is padded with zeros.
+    """
+    count = parts[0].shape[1]
+    steps = max(1, -(-count // max(1, SCORE_BYTES // score_bytes)))
+    if steps == 1:
+        return some(parts)
+    each = -(-count // steps)
+
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, steps * each - count), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(x.shape[0], steps, each, *x.shape[2:]), 1, 0)
+
+    y = jax.lax.map(jax.checkpoint(some), tuple(split(jnp.asarray(x)) for x in parts))
+    return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :count]
 
 
 BACKENDS = ("auto", "xla")
@@ -77,11 +105,10 @@ def tree_attention(rows: Rows, backend: str = "auto") -> Callable[[jax.Array, ja
 
 
 def attend_tree(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> jax.Array:
-    """Attention of packed trees in XLA: for each row one softmax over the keys of its trunk and its own.
+    """Attention of packed trees in XLA: for each row one softmax over its trunk's keys and its own, several rows at a time.
 
-    Several rows at a time, so that their scores take `SCORE_BYTES` or little more; where that is not all of them, scores are
-    recomputed in the backward pass. The two parts share one normaliser that is computed here, so gradients flow through it
-    (merging two finished attentions by their log-sum-exp would lose them).
+    The two parts share one normaliser that is computed here, so gradients flow through it (merging two finished attentions by
+    their log-sum-exp would lose them).
 
     Args:
       q: float[G, N, R, H, D].
@@ -92,25 +119,14 @@ def attend_tree(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> jax.Arr
     Returns:
       float[G, N, R, H, D].
     """
-    count, row, heads = q.shape[1:4]
-    scores = 4 * heads * row * (rows.context.shape[-1] + 1) * row
-    steps = -(-count // max(1, SCORE_BYTES // scores)) if count else 1
-    each = -(-count // steps)
 
     def some(part: tuple[jax.Array, ...]) -> jax.Array:
         q, own_k, own_v, segments, limits, context = part
         return _attend_rows(q, (own_k, own_v), (_gather(k, context), _gather(v, context)), limits, segments)
 
+    row, heads = q.shape[2:4]
     parts = (q, k, v, rows.segments, rows.limits, rows.context)
-    if steps == 1:
-        return some(parts)
-
-    def split(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, steps * each - count), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(x.shape[0], steps, each, *x.shape[2:]), 1, 0)
-
-    y = jax.lax.map(jax.checkpoint(some), tuple(split(jnp.asarray(x)) for x in parts))
-    return jnp.moveaxis(y, 0, 1).reshape(q.shape[0], -1, *q.shape[2:])[:, :count]
+    return _in_chunks(some, parts, 4 * heads * row * (rows.context.shape[-1] + 1) * row)
 
 
 def _gather(x: jax.Array, context: jax.Array) -> jax.Array:
@@ -172,7 +188,7 @@ class CombCache(NamedTuple):
 
 
 def attend_decode(q: jax.Array, cache: CombCache, limits: jax.Array, step: jax.Array) -> jax.Array:
-    """`attend_comb` for one new token of every branch, at position `step` of its own keys.
+    """Attention to trunk and own keys, for one new token of every branch, at position `step` of its own keys.
 
     Args:
       q: float[B, M, H, D].

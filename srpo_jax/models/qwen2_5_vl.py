@@ -148,7 +148,9 @@ class Qwen2_5_VL(nnx.Module):
         x, kv = self._scan(step, x, remat=remat)
         return self.norm(x), kv
 
-    def comb(self, rows: Rows, features: jax.Array | None, *, remat: Remat = "none", backend: str = "auto") -> jax.Array:
+    def comb(
+        self, rows: Rows, features: jax.Array | None, *, remat: Remat = "none", backend: str = "auto"
+    ) -> jax.Array:
         """Trees, each token once, in one pass through the layers.
 
         Args:

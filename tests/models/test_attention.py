@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from srpo_jax.models import attention
+from srpo_jax.trees import Rows
 
-B, N, Q, T, H, K, D = 2, 2, 5, 7, 4, 2, 8
+B, N, R, T, H, K, D = 2, 4, 5, 7, 4, 2, 8
 
 
 def random(*shape, seed=0, scale=1.0):
@@ -21,25 +22,67 @@ def plain(q, k, v, seen):
     return (weights / weights.sum()) @ v
 
 
-def comb_inputs(dtype):
-    shapes = [(B, N, Q, H, D), (B, T, K, D), (B, T, K, D), (B, N, Q, K, D), (B, N, Q, K, D)]
-    q, *kv = (jnp.asarray(random(*shape, seed=i, scale=2.0), dtype) for i, shape in enumerate(shapes))
-    segments = np.asarray([[[0, 0, 1, 1, 1], [2, 2, 2, 2, -1]]] * B)
-    limits = np.asarray([[[3, 3, 6, 6, 6], [7, 7, 7, 7, 0]]] * B)
-    own = (segments[..., :, None] == segments[..., None, :]) & np.tri(Q, dtype=bool)
-    return q, tuple(kv[:2]), tuple(kv[2:]), limits, own
+def tree_inputs(dtype):
+    """Two buffers of a trunk of seven tokens in rows 0 and 1, and branches at 3, 6 and 7; one row is padding."""
+    segments = np.asarray([[[0, 0, 0, 0, 0], [0, 0, 1, 1, -1], [2, 2, 3, 3, 3], [-1] * 5]] * B)
+    limits = np.asarray([[[0] * 5, [5, 5, 3, 3, 0], [6, 6, 7, 7, 7], [0] * 5]] * B)
+    context = np.asarray([[[0, 1]] * 3 + [[0, 0]]] * B)
+    empty = np.zeros((B, N, R), np.int32)
+    rows = Rows(empty, empty, empty, segments, limits, np.zeros((B, N), np.int32), context)
+    shapes = [(B, N, R, H, D), (B, N, R, K, D), (B, N, R, K, D)]
+    return [jnp.asarray(random(*shape, seed=i, scale=2.0), dtype) for i, shape in enumerate(shapes)], rows
 
 
+def seen_keys(rows):
+    """bool[B, N R, N R] by the definition, token by token."""
+    seen = np.zeros((B, N * R, N * R), bool)
+    for b, n, r in np.ndindex(B, N, R):
+        for t in range(rows.limits[b, n, r]):
+            seen[b, n * R + r, rows.context[b, n, t // R] * R + t % R] = True
+        for s in range(r + 1):
+            seen[b, n * R + r, n * R + s] |= rows.segments[b, n, s] == rows.segments[b, n, r]
+    return seen
+
+
+@pytest.mark.parametrize("score_bytes", [1 << 20, 1])  # all rows at once, row by row
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("bfloat16", 2e-2)])
-def test_a_comb_is_one_softmax_over_trunk_and_own_keys(dtype, bound):
-    q, trunk, own, limits, mask = comb_inputs(dtype)
-    ours = np.asarray(attention.attend_comb(q, trunk, own, limits, mask), np.float64)
-    q, (tk, tv), (ok, ov) = jax.tree.map(lambda x: np.asarray(x, np.float64), (q, trunk, own))
-    for b, n, i, h in np.ndindex(B, N, Q, H):
+def test_packed_trees_are_one_softmax_over_what_each_token_sees(dtype, bound, score_bytes, monkeypatch):
+    monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+    (q, k, v), rows = tree_inputs(dtype)
+    ours = np.asarray(attention.tree_attention(rows)(q, k, v), np.float64).reshape(B, N * R, H, D)
+    q, k, v = (np.asarray(x, np.float64).reshape(B, N * R, -1, D) for x in (q, k, v))
+    seen = seen_keys(rows)
+    for b, i, h in np.ndindex(B, N * R, H):
         g = h // (H // K)
-        keys, values = np.concatenate([tk[b, :, g], ok[b, n, :, g]]), np.concatenate([tv[b, :, g], ov[b, n, :, g]])
-        seen = np.concatenate([np.arange(T) < limits[b, n, i], mask[b, n, i]])
-        np.testing.assert_allclose(ours[b, n, i, h], plain(q[b, n, i, h], keys, values, seen), atol=bound * 4)
+        np.testing.assert_allclose(ours[b, i, h], plain(q[b, i, h], k[b, :, g], v[b, :, g], seen[b, i]), atol=bound * 4)
+
+
+def test_gradients_do_not_depend_on_how_many_rows_are_done_at_a_time(monkeypatch):
+    args, rows = tree_inputs("float32")
+    weights = random(B, N, R, H, D, seed=9)
+
+    def gradients(score_bytes):
+        monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+        return jax.grad(lambda a: jnp.sum(attention.tree_attention(rows)(*a) * weights))(args)
+
+    for a, b in zip(gradients(1 << 20), gradients(1), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_queries_in_chunks_are_those_at_once(monkeypatch):
+    q, k, v = (jnp.asarray(random(2, 7, heads, D, seed=i), jnp.float32) for i, heads in enumerate((H, K, K)))
+    mask = attention.causal_mask(jnp.asarray([7, 4]), 7)
+
+    def run(score_bytes):
+        monkeypatch.setattr(attention, "SCORE_BYTES", score_bytes)
+        return jax.value_and_grad(lambda a: jnp.sum(jnp.sin(attention.attend(*a, mask))))((q, k, v))
+
+    whole, gradients = run(1 << 20)
+    for size in (1, 600):
+        parts, others = run(size)
+        np.testing.assert_allclose(parts, whole, rtol=1e-6)
+        for a, b in zip(gradients, others, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_scores_of_bfloat16_are_not_rounded_to_bfloat16():
@@ -52,13 +95,15 @@ def test_scores_of_bfloat16_are_not_rounded_to_bfloat16():
 
 
 def test_decoding_is_the_last_row_of_a_comb():
-    """One branch per row: the newest token's attention, from the decode cache and from the comb."""
-    q, trunk, own, limits, _ = comb_inputs("float32")
-    causal = np.broadcast_to(np.tri(Q, dtype=bool), (B, N, Q, Q))
-    limits = np.broadcast_to(limits[..., :1], limits.shape)
-    whole = attention.attend_comb(q, trunk, own, limits, causal)
-    cache = attention.CombCache.start(trunk, N, Q)
-    cache = cache._replace(own_k=jnp.moveaxis(own[0], 2, -1), own_v=jnp.moveaxis(own[1], 2, -2))
-    for step in range(Q):
-        one = attention.attend_decode(q[:, :, step], cache, limits[..., 0], jnp.int32(step))
+    """One branch per row: the newest token's attention, from the decode cache and from the packed tree."""
+    (q, k, v), rows = tree_inputs("float32")
+    limits = np.asarray([[0, 5, 6, 7]] * B)  # the trunk's rows come first; row 3 is a branch, too
+    context = np.broadcast_to([0, 1], (B, N, 2))
+    rows = rows._replace(segments=np.ones((B, N, R), int), limits=np.repeat(limits[..., None], R, -1), context=context)
+    whole = attention.tree_attention(rows)(q, k, v)
+    trunk = tuple(x[:, :2].reshape(B, 2 * R, K, D)[:, :T] for x in (k, v))
+    cache = attention.CombCache.start(trunk, N, R)
+    cache = cache._replace(own_k=jnp.moveaxis(k, 2, -1), own_v=jnp.moveaxis(v, 2, -2))
+    for step in range(R):
+        one = attention.attend_decode(q[:, :, step], cache, limits, jnp.int32(step))
         np.testing.assert_allclose(one, whole[:, :, step], atol=1e-5)
