@@ -1,5 +1,6 @@
 """Promises of the input pipeline: the batches of an update depend on its number alone; an epoch has every question once."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -8,15 +9,19 @@ import pytest
 from srpo_jax.data import scenes
 from srpo_jax.inputs import Encoded
 from srpo_jax.training.data import BatchConfig, DemonstrationTrees, step_batches
-from srpo_jax.trees import PackConfig, ReasoningTree, Trunk
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk
 
-PACK = PackConfig(trunk=(8,), path=(8,), rows=(0,), row=4, branches=(0,), branch=(1,))
+PACK = PackConfig(trunk=(8,), path=(8,), rows=(2,), row=4, branches=(0,), branch=(1,))
 
 
 def tree(index: int) -> ReasoningTree:
     tokens = np.full(6, index, np.int32)
     positions = np.broadcast_to(np.arange(6, dtype=np.int32), (3, 6))
     return ReasoningTree(Trunk(f"q{index}", Encoded(tokens, positions, np.full(6, -1, np.int32)), (2, 4)), ())
+
+
+def branch(length: int) -> Branch:
+    return Branch(0, np.arange(length, dtype=np.int32), np.zeros(length, np.float32), "ok", True)
 
 
 SOURCE = [tree(index) for index in range(7)]
@@ -55,15 +60,27 @@ def test_another_seed_gives_another_order():
 def test_accumulation_splits_the_same_questions_into_micro_batches():
     [one] = step_batches(SOURCE, PACK, BatchConfig(trees=6), 0, 1)
     [three] = step_batches(SOURCE, PACK, BatchConfig(trees=2, accumulate=3), 0, 1)
-    assert one.record_ids == three.record_ids
-    assert one.batches.trunk.tokens.shape == (1, 6, 8)
-    assert three.batches.trunk.tokens.shape == (3, 2, 8)
-    np.testing.assert_array_equal(one.batches.trunk.tokens[0], three.batches.trunk.tokens.reshape(6, 8))
-    assert [f"q{i}" for i in three.batches.trunk.tokens[:, :, 0].ravel()] == three.record_ids
+    [spread] = step_batches(SOURCE, PACK, BatchConfig(trees=2, accumulate=3), 0, 1, buffers=2)
+    shapes = {"one": (one, (1, 1, 12, 4)), "three": (three, (3, 1, 4, 4)), "spread": (spread, (3, 2, 2, 4))}
+    for batch, shape in shapes.values():
+        assert sorted(batch.record_ids) == sorted(one.record_ids)
+        assert batch.batches.rows.tokens.shape == shape
+        assert [f"q{i}" for i in batch.batches.rows.tokens[..., ::2, 0].ravel()] == batch.record_ids
+        assert [f"q{i}" for i in batch.batches.path_targets[..., 0].ravel()] == batch.record_ids
+
+
+def test_micro_batches_get_similar_numbers_of_tokens():
+    """Large and small trees are dealt out, so that the shape that all must share is not that of the unluckiest."""
+    sizes = [40, 4, 4, 4, 40, 4, 4, 4]
+    source = [dataclasses.replace(tree(i), branches=(branch(n),)) for i, n in enumerate(sizes)]
+    pack = PackConfig(trunk=(8,), path=(8,), rows=tuple(range(20)), row=40, branches=(1,), branch=(41,))
+    [two] = step_batches(source, pack, BatchConfig(trees=4, accumulate=2), 0, 1)
+    tokens = (two.batches.rows.segments >= 0).sum(axis=(1, 2, 3))
+    assert tokens[0] == tokens[1] == 4 * 6 + 39 + 3 * 3
 
 
 def test_a_tree_that_does_not_fit_is_an_error_of_the_run_not_of_a_thread():
-    short = PackConfig(trunk=(4,), path=(8,), rows=(0,), row=4, branches=(0,), branch=(1,))
+    short = PackConfig(trunk=(4,), path=(8,), rows=(2,), row=4, branches=(0,), branch=(1,))
     with pytest.raises(ValueError, match=r"record 'q\d': trunk tokens .*: 6 exceeds"):
         list(step_batches(SOURCE, short, BatchConfig(2), 0, 3))
 

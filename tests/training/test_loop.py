@@ -30,7 +30,7 @@ RUN = RunConfig(
     explore=ExploreConfig(k=4, max_tokens=10, trees=4, trunk=(144,), patches=(16,)),
     loss=LossConfig(lambda_=0.5),
     optim=OptimConfig(1e-2, steps=4, schedule="constant"),
-    pack=PackConfig((144,), (112,), (6, 12), 20, (24,), (10,), (16,)),
+    pack=PackConfig((144,), (112,), (8, 20), 20, (24,), (10,), (16,)),
     batch=BatchConfig(trees=4),
     compute=ComputeConfig(remat="none"),
     updates=2,
