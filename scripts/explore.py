@@ -31,7 +31,7 @@ def main(_):
     if CHECKPOINT.value:
         config.policy.path = CHECKPOINT.value  # so that the work directory remembers whose branches it holds
     run = configs.run_config(config)
-    judge = configs.build_judge(config)
+    judge = configs.build_judge(config, WORKDIR.value)
     policy = load(config, configs.build_mesh(config))
     workdir = open_workdir(WORKDIR.value, config)
     records = configs.build_records(config)

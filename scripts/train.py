@@ -18,7 +18,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep the run; the same 
 def main(_):
     config = CONFIG.value
     run = configs.run_config(config)
-    judge = configs.build_judge(config) if run.rounds else None
+    judge = configs.build_judge(config, WORKDIR.value) if run.rounds else None
     mesh = configs.build_mesh(config)
     configs.check_batch(run, mesh)
     workdir = open_workdir(WORKDIR.value, config)  # what cannot run leaves none behind

@@ -17,7 +17,8 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     """The judge that `spec` names.
 
     Args:
-      spec: "rules" (the embedded world's), or "package.module:function", a judge of yours.
+      spec: "rules" (the embedded world's); "endpoint:MODEL@URL", or "endpoint:FILE.json" for every setting (see
+        `judges.endpoint`); or "package.module:function", a judge of yours.
       folder: where a judge that costs money keeps its raw answers.
 
     Raises:
@@ -25,6 +26,9 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     """
     if spec == "rules":
         return rules.judge
+    kind, _, rest = spec.partition(":")
+    if kind == "endpoint":
+        return _endpoint(spec, rest, folder)
     module, _, name = spec.partition(":")
     try:
         judge = getattr(importlib.import_module(module), name)
@@ -36,3 +40,16 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     if not callable(judge):
         raise JudgeError(f"{spec!r} is a {type(judge).__name__}, not a function")
     return judge
+
+
+def _endpoint(spec: str, rest: str, folder: str | Path | None) -> Judge:
+    try:
+        from srpo_jax.judges.endpoint import ClientConfig, EndpointConfig, endpoint_judge
+    except ImportError as error:
+        raise JudgeError(f"{spec!r} needs the client library: pip install 'srpo_jax[judge]' ({error})") from error
+    model, _, url = rest.partition("@")
+    try:
+        config = EndpointConfig.read(rest) if rest.endswith(".json") else EndpointConfig(ClientConfig(model, url))
+        return endpoint_judge(config, folder)
+    except ValueError as error:
+        raise JudgeError(f"{spec!r}: {error}") from error
