@@ -208,7 +208,7 @@ def update_flops(
       shapes: of all parameters by path, adapters included.
       trained: paths of the trained ones.
       tree: its size.
-      remat: whether layers are recomputed in the backward pass; the logits always are.
+      remat: whether layers are recomputed in the backward pass as a whole; the logits always are.
     """
     forward = forward_flops(config, shapes, tree)
     size, moved = matrices(shapes), matrices({path: shapes[path] for path in trained})

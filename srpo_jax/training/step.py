@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -103,7 +102,7 @@ def make_update(
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     state: TrainState,
-) -> Callable[[TrainState, TreeBatch], tuple[TrainState, dict[str, jax.Array]]]:
+) -> Update:
     """The compiled update `(state, batches) -> (state, metrics)`.
 
     `batches` has a leading axis of micro-batches whose gradients add up: every question weighs the same, whatever its
@@ -133,13 +132,21 @@ def make_update(
         return TrainState(state.step + 1, params, {}, opt_state), metrics
 
     shardings = state_shardings(state, mesh)._replace(frozen={})
-    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    return Update(jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))))
 
-    def apply(state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        moved, metrics = compiled(state.moving(), state.frozen, batches)
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A compiled update; `lower` takes shapes with shardings instead of arrays, for compilation ahead of time."""
+
+    compiled: Any
+
+    def __call__(self, state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        moved, metrics = self.compiled(state.moving(), state.frozen, batches)
         return moved._replace(frozen=state.frozen), metrics
 
-    return apply
+    def lower(self, state: TrainState, batches: TreeBatch) -> jax.stages.Lowered:
+        return self.compiled.lower(state.moving(), state.frozen, batches)
 
 
 def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:

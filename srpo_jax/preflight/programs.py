@@ -1,0 +1,288 @@
+"""The programs of a configuration, made by the code that a run uses, from shapes instead of arrays.
+
+Every program is taken at its largest shapes, the last step of each ladder: what fits there fits everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from srpo_jax import config as configs
+from srpo_jax import flops, sharding
+from srpo_jax.evaluation.config import decodings
+from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.flops import Chip, TreeSize
+from srpo_jax.inputs import Encoded, VisionInputs, batch_inputs
+from srpo_jax.models.config import ModelConfig
+from srpo_jax.models.hf import param_shapes
+from srpo_jax.models.lora import LoraConfig, init_adapters
+from srpo_jax.models.policy import graph_definition
+from srpo_jax.models.quantize import compute_params, is_quantisable, round_to_int8, scale_path
+from srpo_jax.models.released import MAX_PIXELS, config_of
+from srpo_jax.training.loop import RunConfig
+from srpo_jax.training.state import TrainState, abstract_state
+from srpo_jax.training.step import make_update
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk, pack_trees
+
+STEPS = len(GRAMMAR.titles)
+END_OF_TURN = 151_645  # any id will do for a program's shape
+FEATURE_PIXELS = 28 * 28
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled function of a run.
+
+    Attributes:
+      name: "update", "explore" or "evaluate".
+      lower: lowers it for the mesh, from shapes.
+      arguments: bytes per device of its arguments, by part.
+      resident: bytes per device of what stays in memory beside it, by part.
+      within: bytes per device of known parts of its temporaries, by formula.
+      flops: operations of one run of it on unique tokens, all devices together.
+      bound: seconds that one run takes at least.
+      shapes: what it was compiled for, for people.
+    """
+
+    name: str
+    lower: Callable[[], jax.stages.Lowered]
+    arguments: Mapping[str, int]
+    resident: Mapping[str, int]
+    within: Mapping[str, int]
+    flops: float
+    bound: float
+    shapes: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A configuration on a mesh, in shapes.
+
+    Attributes:
+      config: as in a configuration file.
+      run: its typed form.
+      model: sizes of the policy.
+      mesh: what it runs on.
+      params: shapes of the policy's parameters as they are loaded, with their shardings.
+      state: shapes and shardings of the training state.
+    """
+
+    config: ml_collections.ConfigDict
+    run: RunConfig
+    model: ModelConfig
+    mesh: jax.sharding.Mesh
+    params: dict[str, Any]
+    state: TrainState
+
+    @staticmethod
+    def of(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Setting:
+        """Raises what a run would raise before it starts: ConfigError, FileNotFoundError, ValueError."""
+        run = configs.run_config(config)
+        configs.check_batch(run, mesh)
+        model = config_of(configs.policy_path(config.policy.path))
+        params = abstract_params(config, model, mesh)
+        return Setting(config, run, model, mesh, params, abstract_state(params, run.optim.make(), run.trainable, mesh))
+
+    def snapshot(self) -> dict[str, Any]:
+        """What explores: the parameters as the update computes with them."""
+        params = self.state.all_params()
+        cast = jax.eval_shape(lambda p: compute_params(p, self.run.compute.dtype), params)
+        return jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=p.sharding), cast, params)
+
+
+def abstract_params(config: ml_collections.ConfigDict, model: ModelConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of what `config.build_policy` loads: the base, quantised or not, and its adapters."""
+    flat = sharding.flatten(param_shapes(model, jnp.dtype(config.policy.dtype or "bfloat16")))  # as the released files
+    if config.policy.quantize:
+        kernels = {path: jax.eval_shape(round_to_int8, x) for path, x in flat.items() if is_quantisable(path)}
+        flat |= {path: values for path, (values, _) in kernels.items()}
+        flat |= {scale_path(path): scale for path, (_, scale) in kernels.items()}
+    lora = LoraConfig(**config.lora)
+    if lora.rank:
+        flat |= jax.eval_shape(lambda: init_adapters(sharding.unflatten(flat), lora, 0))
+    shapes = sharding.unflatten(flat)
+    return _placed(shapes, sharding.param_shardings(shapes, mesh))
+
+
+def programs_of(setting: Setting, chip: Chip) -> list[Program]:
+    """The programs of a run: update, exploration (unless `rounds=0`) and evaluation."""
+    explore = [explore_program(setting, chip)] if setting.run.rounds else []
+    return [update_program(setting, chip), *explore, evaluate_program(setting, chip)]
+
+
+def update_program(setting: Setting, chip: Chip) -> Program:
+    """The update of `batch.trees` questions, `batch.accumulate` times."""
+    run, state = setting.run, setting.state
+    patches = _patches(run.pack, setting)
+    tree = _tree(setting, run.pack, patches)
+    parts = sharding.batch_parts(setting.mesh)
+    packed, _ = pack_trees([tree] * (run.batch.trees // parts), _largest(run.pack, patches))
+    where = sharding.batch_sharding(setting.mesh, axis=1)
+    batches = _batched(packed, (run.batch.accumulate, parts), where)
+    graphdef = graph_definition(setting.model, setting.params)
+    update = make_update(graphdef, run.optim.make(), run.loss, run.compute, setting.mesh, state)
+    size = _with_image(TreeSize.of(tree, setting.model.vision), patches, setting.model)
+    shapes = {**state.params, **state.frozen}
+    work = flops.update_flops(setting.model, shapes, state.params, size, remat=run.compute.remat == "full")
+    trees = run.batch.trees * run.batch.accumulate
+    return Program(
+        name="update",
+        lower=lambda: update.lower(state, batches),
+        arguments={
+            "parameters": bytes_of(state.params),
+            "frozen": bytes_of(state.frozen),
+            "optimizer": bytes_of(state.opt_state),
+            "batch": bytes_of(batches),
+        },
+        resident={"initial policy": _kept(setting)},
+        within={"gradients": bytes_of(state.params)},
+        flops=trees * work.model.total,
+        bound=trees * flops.update_bound(work, chip, setting.mesh.size),
+        shapes={
+            "trees": run.batch.trees,
+            "accumulate": run.batch.accumulate,
+            "trunk": size.trunk,
+            "patches": patches,
+            "rows": f"{max(run.pack.rows)} × {run.pack.row}",
+        },
+    )
+
+
+def explore_program(setting: Setting, chip: Chip) -> Program:
+    """Exploration with a snapshot of the policy, while the training state waits."""
+    how = setting.run.explore
+    sizes = Sampling(how.trees, max(how.trunk), _patches(how, setting), STEPS * how.k, how.max_tokens, how.temperature)
+    waiting = {
+        "training state": bytes_of(setting.state.params) + bytes_of(setting.state.opt_state),
+        "initial policy": _kept(setting),
+    }
+    return _sampling_program("explore", setting, setting.snapshot(), sizes, waiting, chip)
+
+
+def evaluate_program(setting: Setting, chip: Chip) -> Program:
+    """Evaluation of a policy in the dtype that it is loaded in, at the temperature that takes most samples."""
+    how = max(decodings(setting.config.eval), key=lambda d: (d.samples, d.temperature))
+    sizes = Sampling(how.batch, max(how.trunk), _patches(how, setting), how.samples, how.max_tokens, how.temperature)
+    return _sampling_program("evaluate", setting, setting.params, sizes, {}, chip)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Shapes of a sampling program: trees, trunk tokens, vision patches, branches per tree, their tokens; temperature."""
+
+    trees: int
+    trunk: int
+    patches: int
+    branches: int
+    tokens: int
+    temperature: float
+
+
+def _sampling_program(
+    name: str, setting: Setting, params: Any, size: Sampling, resident: Mapping[str, int], chip: Chip
+) -> Program:
+    """A program of the sampler, as `exploration.explorer.run_sampler` calls it."""
+    model = setting.model
+    trunk = _encoded(model, size.trunk, size.patches)
+    inputs = _batched(batch_inputs([trunk], size.trunk, size.patches or None), (size.trees,))
+    limits = jax.ShapeDtypeStruct((size.trees, size.branches), jnp.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (size.trees, size.branches)))
+    how = SampleConfig(size.tokens, END_OF_TURN, size.temperature)
+    tree = TreeSize(size.trunk, 0, ((size.trunk, size.tokens),) * size.branches)
+    tree = _with_image(tree, size.patches, model)
+    shapes, width = sharding.flatten(params), params["embed"].dtype.itemsize
+    trees = [tree] * size.trees
+    kv = flops.kv_bytes(model, width) * size.trees * (size.trunk + size.branches * size.tokens)
+    return Program(
+        name=name,
+        lower=lambda: sample_branches.lower(graph_definition(model, params), params, inputs, limits, keys, how),
+        arguments={"parameters": bytes_of(params), "batch": bytes_of((inputs, limits))},
+        resident=resident,
+        within={"keys and values": kv},
+        flops=size.trees * flops.exploration_flops(model, shapes, tree).total,
+        bound=flops.exploration_bound(model, shapes, trees, chip, setting.mesh.size, width),
+        shapes=dataclasses.asdict(size),
+    )
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes per device of arrays in shapes; what has no sharding lies on every device as a whole."""
+    total = 0
+    for x in jax.tree.leaves(tree):
+        shape = x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+        total += int(np.prod(shape)) * np.dtype(x.dtype).itemsize
+    return total
+
+
+def _kept(setting: Setting) -> int:
+    """The loaded policy stays beside the training state; frozen parameters are shared with it."""
+    flat = sharding.flatten(setting.params)
+    return bytes_of({path: flat[path] for path in setting.state.params if path in flat})
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def _batched(part: Any, lead: tuple[int, ...], where: Any = None) -> Any:
+    """Shapes of arrays whose leading axis is repeated `lead[-1]` times, with the other axes of `lead` before it."""
+
+    def batch(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*lead[:-1], lead[-1] * x.shape[0], *x.shape[1:]), x.dtype, sharding=where)
+
+    return jax.tree.map(batch, part)
+
+
+def _largest(pack: PackConfig, patches: int) -> PackConfig:
+    ladders = {name: getattr(pack, name)[-1:] for name in ("trunk", "path", "rows", "branches", "branch")}
+    return dataclasses.replace(pack, patches=(patches,), **ladders)
+
+
+def _with_image(tree: TreeSize, patches: int, model: ModelConfig) -> TreeSize:
+    return tree.with_image(patches // model.vision.merge_unit, model.vision)
+
+
+def _patches(section: Any, setting: Setting) -> int:
+    """The most patches that a ladder lets through; without one, those of the largest square picture."""
+    if section.patches:
+        return max(section.patches)
+    policy = setting.config.policy
+    side = int((policy.max_pixels or MAX_PIXELS) ** 0.5) // 28
+    tokens = min(side**2, policy.max_image_tokens or side**2)
+    windows = -(-tokens // setting.model.vision.window_units**2)
+    return windows * setting.model.vision.window_patches
+
+
+def _encoded(model: ModelConfig, tokens: int, patches: int) -> Encoded:
+    """An example of that size; its content is never read. `batch_inputs` pads one window of patches to the rest."""
+    vision = None
+    if patches:
+        count = model.vision.window_patches
+        vision = VisionInputs(
+            patches=np.zeros((count, model.vision.patch_dim), np.float32),
+            positions=np.zeros((count, 2), np.int32),
+            images=np.ones(count, np.int32),
+        )
+    positions = np.zeros((3, tokens), np.int32)
+    return Encoded(np.zeros(tokens, np.int32), positions, np.full(tokens, -1, np.int32), vision)
+
+
+def _tree(setting: Setting, pack: PackConfig, patches: int) -> ReasoningTree:
+    """A tree that fills the largest shapes: the longest trunk, and equal branches that take the other rows."""
+    trunk, path = max(pack.trunk), max(pack.path)
+    ends = tuple(np.linspace(trunk - path, trunk - path // 8, STEPS + 1).astype(int).tolist())
+    count, room = max(pack.branches), max(pack.rows) - -(-trunk // pack.row)
+    length = min(max(pack.branch), pack.row // -(-count // room) + 1) if count else 0
+    nothing = np.zeros(length, np.float32)
+    branches = tuple(  # of different tokens: equal branches of a prefix would be merged
+        Branch(i % STEPS, np.full(length, i, np.int32), nothing, "ok", bool(i % 2)) for i in range(count)
+    )
+    return ReasoningTree(Trunk("preflight", _encoded(setting.model, trunk, patches), ends), branches)

@@ -1,0 +1,195 @@
+"""Preflight: its shapes are those of a run, its sums are the compiler's, and what it advises was compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+from srpo_jax import config as configs
+from srpo_jax.data import scenes
+from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.models.hf import param_shapes
+from srpo_jax.models.released import config_of, released_config
+from srpo_jax.preflight import programs, report, slices
+from srpo_jax.preflight.advice import advise, candidates
+from srpo_jax.recipes import released
+from srpo_jax.trees import ReasoningTree, pack_trees
+
+ROOT = Path(__file__).resolve().parents[1]
+# Numbers of parameters as published with the weights (the index of their safetensors files).
+PUBLISHED = {"3B": 3_754_622_976, "7B": 8_292_166_656, "32B": 33_452_718_336, "72B": 73_410_777_344}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_released_sizes_have_the_published_number_of_parameters(size):
+    shapes = jax.tree.leaves(param_shapes(released_config(size)))
+    assert sum(x.size for x in shapes) == PUBLISHED[size]
+    assert config_of(f"/anywhere/Qwen2.5-VL-{size}-Instruct") == released_config(size)
+
+
+def test_a_name_that_nothing_is_known_of_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="checkpoint folder"):
+        config_of(tmp_path / "Qwen2.5-VL-4B-Instruct")
+
+
+def quickstart(**changes):
+    spec = importlib.util.spec_from_file_location("quickstart", ROOT / "configs" / "quickstart.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.batch.trees = 2
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def here() -> slices.Slice:
+    """This machine's CPU as a slice of one device."""
+    return slices.Slice("cpu", "v5e:1x1", jax.devices("cpu")[:1], 2**30)
+
+
+def same(a, b) -> bool:
+    told = [
+        {jax.tree_util.keystr(k): (x.shape, x.dtype) for k, x in jax.tree_util.tree_leaves_with_path(t)} for t in (a, b)
+    ]
+    return told[0] == told[1]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora.rank": 4}, {"lora.rank": 4, "policy.quantize": "int8"}], ids=str)
+def test_shapes_are_those_of_a_policy_that_is_loaded(here, changes):
+    config = quickstart(**changes)
+    mesh = here.mesh(**config.mesh)
+    policy = configs.build_policy(config, mesh)
+    setting = programs.Setting.of(config, mesh)
+    assert same(setting.params, policy.params)
+    assert setting.model == policy.config
+    assert all(x.sharding is not None for x in jax.tree.leaves(setting.params))
+
+
+def test_the_update_is_compiled_for_the_shapes_of_real_batches(here):
+    """The largest of them: a batch that is packed from records fits into what preflight packs."""
+    config = quickstart()
+    mesh = here.mesh(**config.mesh)
+    setting = programs.Setting.of(config, mesh)
+    policy = configs.build_policy(config, mesh)
+    trunks = [make_trunk(r, policy.processor) for r in scenes.records("train", 2, 0)]
+    pack = dataclasses.replace(setting.run.pack, rows=setting.run.pack.rows[-1:])
+    real, _ = pack_trees([ReasoningTree(t, ()) for t in trunks], pack)
+    (_, _, batches), _ = programs.update_program(setting, here.chip).lower().args_info
+    assert same(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches), real)
+
+
+@pytest.fixture(scope="module")
+def explored(here) -> tuple:
+    """Exploration of eight trees, compiled for this CPU."""
+    setting = programs.Setting.of(quickstart(**{"explore.trees": 8, "explore.max_tokens": 8}), here.mesh())
+    program = programs.explore_program(setting, here.chip)
+    return setting, program, report.measure(program, here)
+
+
+def test_what_a_program_needs_is_what_the_compiler_says(explored, here):
+    setting, program, row = explored
+    told = program.lower().compile().memory_analysis()
+    resident = sum(program.resident.values())
+    assert row["peak"] == sum(row["memory"].values())
+    assert row["peak"] - resident >= told.argument_size_in_bytes + told.temp_size_in_bytes
+    assert row["memory"]["parameters"] == sum(
+        4 * x.size for x in jax.tree.leaves(setting.params)
+    )  # computes in float32
+    assert row["fits"] is (row["peak"] <= here.usable) is True
+    # AdamW's two moments and the master copy wait while the policy explores; so does the policy that was loaded.
+    masters = row["memory"]["parameters"]
+    assert 3 * masters <= row["memory"]["resident: training state"] <= 3 * masters + 64
+    assert row["memory"]["resident: initial policy"] == masters // 2
+    assert row["within_temporaries"]["keys and values"] <= row["memory"]["temporaries"]
+    text = report.table([row])
+    assert "explore" in text
+    assert "fits" in text
+    assert "temporaries" in text
+
+
+def test_advice_was_compiled(explored, here):
+    """On a device that is too small for eight trees and large enough for fewer."""
+    setting, _, row = explored
+    small = dataclasses.replace(here, usable=int(0.8 * row["peak"]))
+    tight = row | {"usable": small.usable, "fits": False}
+    advice = advise(setting.config, small, tight, tries=4)
+    assert advice["fits"]
+    assert advice["peak"] <= small.usable
+    trees = advice["changes"]["explore.trees"]
+    assert trees < 8
+    again = programs.Setting.of(quickstart(**{"explore.trees": trees, "explore.max_tokens": 8}), here.mesh())
+    assert report.measure(programs.explore_program(again, here.chip), here)["peak"] == advice["peak"]
+
+
+def test_smaller_temporaries_are_no_advice_where_parameters_alone_do_not_fit(explored, here):
+    setting, _, row = explored
+    hopeless = row | {"usable": 2**20, "fits": False}
+    assert next(candidates(setting.config, here, hopeless)) == {"lora.rank": 16, "trainable": None}
+
+
+HLO = """
+HloModule jit_f
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(36)
+  %p = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%open (p: (s32[], f32[8])) -> pred[] {
+  %p = (s32[], f32[8]) parameter(0)
+  ROOT %done = pred[] get-tuple-element(%p), index=2
+}
+
+%inner (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %gather = f32[64]{0} all-gather(%p), channel_id=1, dimensions={0}, use_global_device_ids=true
+  %start = (f32[8], f32[8]) all-reduce-start(%gather), to_apply=%sum
+  %done = f32[8] all-reduce-done(%start)
+}
+
+%decode (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[], f32[8]) parameter(0)
+  %layers = (s32[], f32[8]) while(%p), condition=%condition, body=%inner
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8] parameter(0)
+  %scatter = f32[1] reduce-scatter(%a), to_apply=%sum
+  %prefill = (s32[], f32[8]) while(%a), condition=%condition, body=%inner
+  %loop = (s32[], f32[8]) while(%a), condition=%open, body=%decode
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run():
+    counted = report.collectives(HLO)
+    assert counted["all-gather"] == counted["all-reduce"] == 2 * 36  # prefill, and one step of decoding
+    assert counted["reduce-scatter"] == 1
+    assert counted["all-to-all"] == 0
+
+
+@pytest.mark.parametrize("name", ["v5e", "v4-8", "v5e:", "8"])
+def test_a_slice_that_nobody_rents_is_refused(name):
+    with pytest.raises(ValueError, match="v5e-16"):
+        slices.find_slice(name)
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_released_recipe_is_a_valid_run(size, kind):
+    config = released(size, kind)
+    run = configs.run_config(config)
+    local = released(size, f"{kind},runlocal")
+    assert local.policy.path == configs.EMBEDDED
+    assert configs.run_config(local).trainable == run.trainable
+    assert local.lora == config.lora
+    with pytest.raises(ValueError, match="runlocal"):
+        released(size, f"{kind},local")
