@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from srpo_jax import cli
+from srpo_jax import cli, distributed
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
@@ -39,14 +39,20 @@ def main(_):
     references = reference_rows(records, evaluator)
     name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
     workdir = Path(WORKDIR.value)
-    (workdir / "evaluation").mkdir(parents=True, exist_ok=True)
-    lock_folder(workdir / "evaluation")  # not the whole: it may be that of a run under way
+    distributed.on_lead(lambda: take(workdir / "evaluation"))
     for decoding in decodings:
         options = {"name": name, "step": step, "prompts": prompts, "training_judge": judge}
         entry = evaluate(policy, policy.params, records, evaluator, decoding, workdir / "evaluation", **options)
-        results = add_result(workdir / "results.json", entry, references)
-    print(render(results))
-    print(f"{len(records)} prompts, evaluator {evaluator.name}, step {step}; see {workdir}/results.json")
+        results = distributed.on_lead(lambda entry=entry: add_result(workdir / "results.json", entry, references))
+    if distributed.is_lead():
+        print(render(results))
+    cli.say(f"{len(records)} prompts, evaluator {evaluator.name}, step {step}; see {workdir}/results.json")
+
+
+def take(folder):
+    """The folder alone is ours, not the work directory: that may be of a run under way."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
 
 
 def load(config):

@@ -45,11 +45,11 @@ def main(_):
         folder=workdir / "trees",
     )
     statistics = exploration_statistics(trees, {record.id: record.risky for record in records})
-    print(json.dumps(statistics, indent=2))
-    print("prefix  branches  favourable")
+    cli.say(json.dumps(statistics, indent=2))
+    cli.say("prefix  branches  favourable")
     for prefix in trees[0].trunk.prefixes:
         verdicts = [b.verdict for tree in trees for b in tree.branches if b.prefix == prefix and b.verdict is not None]
-        print(f"{prefix:6d}  {len(verdicts):8d}  {sum(verdicts) / max(1, len(verdicts)):10.1%}")
+        cli.say(f"{prefix:6d}  {len(verdicts):8d}  {sum(verdicts) / max(1, len(verdicts)):10.1%}")
 
 
 def load(config, mesh):

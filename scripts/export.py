@@ -6,8 +6,9 @@ python scripts/export.py --checkpoint=runs/srpo --output=runs/srpo-hf [--step=64
 import jax.numpy as jnp
 from absl import flags
 
-from srpo_jax import cli
+from srpo_jax import cli, distributed
 from srpo_jax.runs import load_run
+from srpo_jax.sharding import local_copy
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -17,8 +18,9 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"
 
 def main(_):
     policy, step = load_run(CHECKPOINT.value, STEP.value)
-    policy.save(OUTPUT.value, dtype=jnp.dtype(DTYPE.value))
-    print(f"wrote step {step} of {CHECKPOINT.value} to {OUTPUT.value}")
+    params = local_copy(policy.params)
+    distributed.on_lead(lambda: policy.save(OUTPUT.value, params, dtype=jnp.dtype(DTYPE.value)))
+    cli.say(f"wrote step {step} of {CHECKPOINT.value} to {OUTPUT.value}")
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ def main(_):
     workdir = open_workdir(WORKDIR.value, config)  # what cannot run leaves none behind
     policy = configs.build_policy(config, mesh)
     records = configs.build_records(config)
-    print(f"{len(records)} records, mesh {dict(mesh.shape)}, policy {config.policy.path}", flush=True)
+    cli.say(f"{len(records)} records, mesh {dict(mesh.shape)}, policy {config.policy.path}")
     train(policy, records, judge, run, workdir, mesh)
-    print(f"done: metrics, trees and checkpoints are in {workdir}; evaluate or export with --checkpoint={workdir}")
+    cli.say(f"done: metrics, trees and checkpoints are in {workdir}; evaluate or export with --checkpoint={workdir}")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,75 @@
-"""How every script starts: quiet logs, and one clear message for what went wrong."""
+"""How every script starts: quiet logs, the other processes of the job, and one clear message for what went wrong."""
 
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
+
+from srpo_jax import distributed
+
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of a job; under Slurm, Open MPI, GKE and on TPU pods JAX finds them by itself.",
+)
+COORDINATOR = flags.DEFINE_string(
+    "coordinator",
+    os.environ.get("SRPO_COORDINATOR"),
+    "host:port of process 0 where JAX does not find it; joins the job.",
+)
+NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", os.environ.get("SRPO_NUM_PROCESSES"), "Processes of the job, with --coordinator."
+)
+PROCESS_ID = flags.DEFINE_integer(
+    "process_id", os.environ.get("SRPO_PROCESS_ID"), "Which of them this one is, from 0, with --coordinator."
+)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-    """Parses flags and calls `main`; ends the process with code 1 and a message where this package refuses something.
+    """Parses flags, joins the job, calls `main`; ends with code 1 and a message where this package refuses something.
 
     Any other error is a fault of a program and keeps its traceback. `--verbosity=0` shows what libraries log,
-    `--verbosity=1` the traceback of a message, too.
+    `--verbosity=1` the traceback of a message, too. In a job of several processes an error of one ends all.
     """
     flags.FLAGS["verbosity"].using_default_value = False  # absl would raise it to INFO, and Orbax tells of every file
 
     def guarded(argv: Sequence[str]) -> None:
         try:
+            if DISTRIBUTED.value or COORDINATOR.value:
+                distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             main(argv)
+            distributed.finish()
         except Exception as error:
-            if not is_message(error):
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                distributed.wait_for_the_cause()
+            if is_message(error):
+                logging.debug("where it was raised:", exc_info=True)
+                lines = [f"{Path(sys.argv[0]).name}: {error}", *getattr(error, "__notes__", [])]
+                _end("\n" + "\n".join(lines))  # a progress bar may stand in the line
+            if distributed.process_count() == 1:
                 raise
-            logging.debug("where it was raised:", exc_info=True)
-            lines = [f"{Path(sys.argv[0]).name}: {error}", *getattr(error, "__notes__", [])]
-            sys.exit("\n" + "\n".join(lines))  # a progress bar may stand in the line
+            distributed.fail(traceback.format_exc(), 1)
 
     app.run(guarded)
+
+
+def say(*what: object) -> None:
+    """Prints what a job says once, whatever its number of processes."""
+    if distributed.is_lead():
+        print(*what, flush=True)
+
+
+def _end(message: str) -> None:
+    if distributed.process_count() > 1:
+        distributed.fail(message, 1)
+    sys.exit(message)
 
 
 def is_message(error: BaseException) -> bool:

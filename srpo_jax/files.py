@@ -14,6 +14,8 @@ from typing import Any
 
 from absl import logging
 
+from srpo_jax import distributed
+
 LOCK_FILE = ".lock"
 
 _held: dict[Path, int] = {}
@@ -174,29 +176,46 @@ class JsonLines:
 
 
 class Store:
-    """An append-only file of JSON lines and what it held when it was opened; without a folder, nothing at all.
+    """Append-only JSON lines of a job, and what they held when they were opened; without a folder, nothing at all.
+
+    Every process of a job appends to a file of its own: `name.jsonl`, `name-1.jsonl`, ... What was written is read from all of
+    them, whatever number of processes wrote it.
 
     Attributes:
-      lines: the records that were there, in order.
+      lines: the records that were there when it was opened or last shared, file by file in order.
     """
 
-    def __init__(self, file: JsonLines | None, lines: list[dict[str, Any]]):
-        self._file, self.lines = file, lines
+    def __init__(self, path: Path | None, file: JsonLines | None, lines: list[dict[str, Any]]):
+        self._path, self._file, self.lines = path, file, lines
 
     @staticmethod
     def open(folder: str | Path | None, name: str) -> Store:
-        """The file `name` of `folder`, made with the folder where missing; one that keeps nothing if `folder` is None."""
+        """The files of `name` in `folder`, made where missing; one that keeps nothing if `folder` is None.
+
+        Raises:
+          ValueError: no folder in a job of several processes, which have no other way to share what they find.
+        """
         if folder is None:
-            return Store(None, [])
+            if distributed.process_count() > 1:
+                raise ValueError(f"{name}: several processes share what they find in a folder; name one")
+            return Store(None, None, [])
         path = Path(folder) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = JsonLines(path)
-        return Store(file, list(read_jsonl(path)))
+        index = distributed.process_index()
+        file = JsonLines(path.with_name(f"{path.stem}-{index}{path.suffix}") if index else path)
+        return Store(path, file, read_family(path))
 
     def append(self, line: dict[str, Any]) -> None:
         """Appends one record; see `JsonLines.append`."""
         if self._file is not None:
             self._file.append(line)
+
+    def share(self) -> list[dict[str, Any]]:
+        """Waits until every process is done with appending and reads what all have written."""
+        distributed.barrier()
+        if self._path is not None:
+            self.lines = read_family(self._path)
+        return self.lines
 
     def __enter__(self) -> Store:
         return self
@@ -204,6 +223,16 @@ class Store:
     def __exit__(self, *exception: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def read_family(path: str | Path) -> list[dict[str, Any]]:
+    """The records of `name.jsonl` and of its companions `name-1.jsonl`, `name-2.jsonl`, ... that other processes wrote."""
+    path = Path(path)
+    numbered = [
+        (int(p.stem.removeprefix(f"{path.stem}-")), p) for p in path.parent.glob(f"{path.stem}-[0-9]*{path.suffix}")
+    ]
+    files = [path] * path.exists() + [p for _, p in sorted(numbered)]
+    return [line for file in files for line in read_jsonl(file)]
 
 
 def _whole_lines_size(file: int) -> int:

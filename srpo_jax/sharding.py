@@ -75,6 +75,49 @@ def batch_parts(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def local_parts(mesh: Mesh) -> tuple[int, ...]:
+    """Which of the parts of a batch this process's devices hold, ascending: what it has to read."""
+    count = batch_parts(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    return tuple(sorted({part for (where,) in places.values() for part in range(count)[where]}))
+
+
+def place_batch(batch: Any, mesh: Mesh) -> Any:
+    """Global arrays from what this process has read of a batch of micro-batches: `local_parts`, along the second axis."""
+    place, mine, count = batch_sharding(mesh, axis=1), local_parts(mesh), batch_parts(mesh)
+
+    def put(x: np.ndarray) -> jax.Array:
+        each = x.shape[1] // len(mine)
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(each * count)
+            first = mine.index(start // each) * each
+            return x[:, first : first + stop - start]
+
+        return jax.make_array_from_callback((x.shape[0], each * count, *x.shape[2:]), place, read)
+
+    return jax.tree.map(put, batch)
+
+
+def local_copy(params: Any) -> Any:
+    """Parameters as arrays of this process alone, whole on each of its devices: for programs that it runs by itself.
+
+    In a job of one process they are returned as they are. Called by all processes together.
+    """
+    if jax.process_count() == 1:
+        return params
+    mesh = Mesh(np.asarray(jax.local_devices()), ("local",), axis_types=(AxisType.Auto,))
+
+    def gather(x: jax.Array) -> jax.Array:
+        if x.is_fully_addressable:
+            return x
+        whole = jax.device_put(x, replicated(x.sharding.mesh))
+        parts = [shard.data for shard in whole.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), parts)
+
+    return jax.tree.map(gather, params)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from srpo_jax import distributed
 from srpo_jax.data.images import open_image
 from srpo_jax.data.items import Question
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
@@ -27,6 +28,7 @@ from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.paths import ParsedPath, parse
+from srpo_jax.sharding import local_copy
 from srpo_jax.trees import Ladder, bucket
 
 RESPONSES = "responses.jsonl"
@@ -158,26 +160,31 @@ def generate(
     if not prompts:
         return []
     length, patches = _shape(policy, prompts, config)
+    params = local_copy(params)
     run = {"params": params_fingerprint(params), **config.decoding()}
     with Store.open(folder, RESPONSES) as store:
         known = {_key(line): line for line in store.lines if all(line[k] == v for k, v in run.items())}
-        bar = tqdm(total=len(prompts), desc=f"generate T={config.temperature:g}", unit="prompt", disable=not progress)
-        responses: list[Response] = []
-        for start in range(0, len(prompts), config.batch):
-            batch = prompts[start : start + config.batch]
-            wanted = [(p.record_id, s, p.fingerprint) for p in batch for s in range(config.samples)]
+        own, quiet = distributed.mine(prompts, config.batch), not (progress and distributed.is_lead())
+        bar = tqdm(total=len(own), desc=f"generate T={config.temperature:g}", unit="prompt", disable=quiet)
+        for start in range(0, len(own), config.batch):
+            batch = own[start : start + config.batch]
+            wanted = _keys(batch, config)
             # A batch that is not complete is sampled again as a whole, at the same shapes: the same bits.
-            lines = [known.get(key) for key in wanted]
-            if not all(lines):
+            if not all(key in known for key in wanted):
                 fresh = _sample(policy, params, batch, config, length, patches)
                 for key, one in zip(wanted, fresh, strict=True):
                     if key not in known:
                         known[key] = _line(key, one, run, policy.processor)
                         store.append(known[key])
-            responses += [_response(known[key]) for key in wanted]
             bar.update(len(batch))
         bar.close()
-    return responses
+        if distributed.process_count() > 1:
+            known = {_key(line): line for line in store.share() if all(line[k] == v for k, v in run.items())}
+    return [_response(known[key]) for key in _keys(prompts, config)]
+
+
+def _keys(prompts: Sequence[Prompt], config: GenerateConfig) -> list[tuple[str, int, str]]:
+    return [(p.record_id, sample, p.fingerprint) for p in prompts for sample in range(config.samples)]
 
 
 def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) -> tuple[int, int | None]:

@@ -16,6 +16,7 @@ from typing import Any
 import PIL.Image
 from tqdm import tqdm
 
+from srpo_jax import distributed
 from srpo_jax.data.items import Question
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
@@ -124,19 +125,27 @@ def judge_responses(
     with Store.open(folder, VERDICTS) as store:
         known = {line["key"]: line for line in store.lines}
         size = BATCH if hasattr(evaluator.answer, "batch") or hasattr(evaluator.steps, "batch") else 1
-        bar = tqdm(total=len(responses), desc="judge", unit="response", disable=not progress)
-        for start in range(0, len(responses), size):
-            chunk = [(response, response.parse()) for response in responses[start : start + size]]
-            keys = [_digest(evaluator.name, digests[r.record_id], r.text, r.stopped) for r, _ in chunk]
+        own, quiet = distributed.mine(responses, size), not (progress and distributed.is_lead())
+        bar = tqdm(total=len(own), desc="judge", unit="response", disable=quiet)
+        for start in range(0, len(own), size):
+            chunk = [(response, response.parse()) for response in own[start : start + size]]
+            keys = [_key(evaluator, digests, response) for response, _ in chunk]
             new = {k: (by_id[r.record_id], path) for k, (r, path) in zip(keys, chunk, strict=True) if k not in known}
             for key, line in zip(new, _ask(evaluator, list(new.values())), strict=True):
                 known[key] = line | {"key": key, "record_id": new[key][0].id}
                 store.append(known[key])
-            for key, (response, path) in zip(keys, chunk, strict=True):
-                judged.append(_from_line(known[key], by_id[response.record_id], response, path))
             bar.update(len(chunk))
         bar.close()
+        if distributed.process_count() > 1:
+            known = {line["key"]: line for line in store.share()}
+    for response in responses:
+        line = known[_key(evaluator, digests, response)]
+        judged.append(_from_line(line, by_id[response.record_id], response, response.parse()))
     return judged
+
+
+def _key(evaluator: Evaluator, digests: Mapping[str, str], response: Response) -> str:
+    return _digest(evaluator.name, digests[response.record_id], response.text, response.stopped)
 
 
 def _ask(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

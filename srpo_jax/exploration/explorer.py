@@ -2,6 +2,7 @@
 
 A folder of exploration holds two append-only files. `branches.jsonl` has one line per tree as it comes off the device,
 `verdicts.jsonl` one line per judged branch. A killed run reads what is there and goes on; nothing is sampled or asked twice.
+In a job of several processes each explores whole batches of the records and has files of its own; all read all of them.
 `round.json` says what the branches depend on: they are never taken for those of other parameters, settings or records.
 """
 
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from srpo_jax import distributed
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.judging import Judge, Pair, Place, judge_name, store_verdicts
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
@@ -29,6 +31,7 @@ from srpo_jax.inputs import batch_inputs
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import Status, parse
+from srpo_jax.sharding import local_copy
 from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
 
 JUDGE_FAILED = "judge_failed"
@@ -99,6 +102,7 @@ def explore(
     if len(by_id) != len(records):
         twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
+    params = local_copy(params)
     trunks = _trunks(policy, records, config)
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
@@ -110,14 +114,21 @@ def explore(
             )
         if folder is not None:
             origin = _origin(params, trunks, config, key, round_)
-            _claim(Path(folder) / ROUND_FILE, origin, empty=not stored and not verdicts.lines)
-        bar = tqdm(total=len(records), desc=f"explore round {round_}", unit="tree", disable=not progress)
+            empty = not stored and not verdicts.lines
+            distributed.on_lead(lambda: _claim(Path(folder) / ROUND_FILE, origin, empty=empty))
+        own, quiet = distributed.mine(trunks, config.trees), not (progress and distributed.is_lead())
+        bar = tqdm(total=len(own), desc=f"explore round {round_}", unit="tree", disable=quiet)
         trees = []
-        for tree in _sampled(policy, params, trunks, config, jax.random.fold_in(key, round_), stored, branches):
+        for tree in _sampled(policy, params, own, config, jax.random.fold_in(key, round_), stored, branches):
             trees.append(tree)
             bar.update()
         bar.close()
-        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress)
+        trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet)
+        if distributed.process_count() == 1:
+            return trees
+        stored, _ = {line["record_id"]: line for line in branches.share()}, verdicts.share()
+        trees = [ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in trunks]
+        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress=False)  # all of them are judged
 
 
 def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) -> list[Trunk]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
 
+from srpo_jax import distributed
 from srpo_jax.exploration.trunks import render_trunk
 from srpo_jax.models.processor import Processor
-from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, balance, pack_trees
+from srpo_jax.trees import PackConfig, PackShape, ReasoningTree, TreeBatch, balance, pack_shape, pack_trees
 
 
 class StepBatch(NamedTuple):
@@ -19,7 +20,7 @@ class StepBatch(NamedTuple):
 
     Attributes:
       step: index of the update.
-      batches: with a leading axis of micro-batches.
+      batches: with a leading axis of micro-batches; of several processes, this one's part of it.
       record_ids: of the questions in it.
       counters: from `pack_trees`.
     """
@@ -62,8 +63,13 @@ def step_batches(
     stop: int,
     first: int = 0,
     buffers: int = 1,
+    mine: Sequence[int] | None = None,
+    name: str = "batches",
 ) -> Iterator[StepBatch]:
     """Batches of the updates `start .. stop-1`, questions drawn without replacement in an order that each epoch shuffles.
+
+    Which questions an update reads depends on its number alone. Of several processes each reads and packs those of its own
+    buffers; they tell each other their sizes, so that all pack into the same shape.
 
     Args:
       source: trees by index; read from a thread.
@@ -73,19 +79,34 @@ def step_batches(
       stop: where to end.
       first: the update at which `source` began to be read (the start of its round).
       buffers: over which the questions of a micro-batch are spread, one or more per device.
+      mine: the buffers that this process packs; None for all. `record_ids` and `counters` are those of the whole batch.
+      name: tells the iterators of a job apart.
     """
     per_step = config.trees * config.accumulate
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat().batch(per_step)
 
+    mine = tuple(range(buffers) if mine is None else mine)
+    count = config.accumulate * len(mine)
+
     def make(step: int) -> StepBatch:
-        trees = [source[int(i)] for i in order[int(step) - first]]
-        trees = [trees[i] for i in balance([tree.tokens for tree in trees], config.accumulate * buffers)]
-        batch, counters = pack_trees(trees, pack, buffers=config.accumulate * buffers)
+        questions = order[int(step) - first].reshape(config.accumulate, buffers, -1)[:, mine].ravel()
+        trees = [source[int(i)] for i in questions]
+        trees = [trees[i] for i in balance([tree.tokens for tree in trees], count)]
+        shapes = _everywhere(f"{name}/shape", step, mine, pack_shape(trees, pack, buffers=count))
+        batch, counters = pack_trees(trees, pack, buffers=count, shape=PackShape.covering(shapes))
         split = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]), batch)
-        return StepBatch(int(step), split, [t.trunk.record_id for t in trees], counters)
+        read = _everywhere(f"{name}/read", step, mine, ([tree.trunk.record_id for tree in trees], counters))
+        total = {key: sum(part[key] for _, part in read) for key in counters}
+        return StepBatch(int(step), split, [record_id for ids, _ in read for record_id in ids], total)
 
     steps = grain.MapDataset.range(start, stop).map(make)
     return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2)))
+
+
+def _everywhere(name: str, step: int, mine: tuple[int, ...], value: Any) -> list[Any]:
+    """`value` of every process; those that pack the same buffers say the same, which counts once."""
+    said = {tuple(buffers): value for buffers, value in distributed.exchange(name, int(step), (mine, value))}
+    return [said[buffers] for buffers in sorted(said)]
 
 
 class DemonstrationTrees(Sequence[ReasoningTree]):

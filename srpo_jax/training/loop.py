@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from srpo_jax import sharding
+from srpo_jax import distributed, sharding
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
@@ -32,7 +32,7 @@ from srpo_jax.models.quantize import compute_params
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
-from srpo_jax.training.workdir import MetricsLog
+from srpo_jax.training.workdir import open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
 
 
@@ -103,7 +103,7 @@ def train(
             state = _resume(checkpoints, like.moving(), frozen, config)
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
         step = int(state.step)
-        with MetricsLog(workdir, last_step=step) as log:
+        with open_log(workdir, last_step=step) as log:
             for round_ in range(max(1, config.rounds)):
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates
                 if step >= stop:
@@ -111,7 +111,8 @@ def train(
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
                 trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, at_start=step == first)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
-                batches = step_batches(trees, config.pack, batch, step, stop, first, sharding.batch_parts(mesh))
+                parts, mine = sharding.batch_parts(mesh), sharding.local_parts(mesh)
+                batches = step_batches(trees, config.pack, batch, step, stop, first, parts, mine, f"round {round_}")
                 state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
                 step = int(state.step)
             return state.all_params()
@@ -187,11 +188,11 @@ def _round(
     update, state: TrainState, batches, stop: int, config: RunConfig, checkpoints, log, statistics, mesh
 ) -> TrainState:
     """The updates of one round."""
-    place = sharding.batch_sharding(mesh, axis=1)
     learning_rates = config.optim.learning_rates()
-    bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step")
+    quiet = not distributed.is_lead()
+    bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step", disable=quiet)
     for batch in batches:
-        state, metrics = update(state, jax.device_put(batch.batches, place))
+        state, metrics = update(state, sharding.place_batch(batch.batches, mesh))
         metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics["learning_rate"] = float(learning_rates(batch.step))
         _check_finite(metrics, batch)

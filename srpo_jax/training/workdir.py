@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping
@@ -13,6 +14,7 @@ import ml_collections
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from srpo_jax import distributed
 from srpo_jax.files import JsonLines, lock_folder, write_json
 
 CONFIG_FILE = "config.json"
@@ -29,7 +31,8 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
     """Creates the work directory of a run, or opens it again to resume the same run.
 
     The first call writes `config.json`; later calls compare with it, so that a run never continues under another
-    configuration and its results stay attributable. The directory is then this process's own until it ends, however it ends.
+    configuration and its results stay attributable. The directory is then this job's own until it ends, however it ends: its
+    lead process holds the lock. All processes call this together.
 
     Args:
       path: the directory; created with its parents if missing.
@@ -45,10 +48,14 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
       TypeError: if a field of `config` is no JSON value, naming the field.
       OSError: if the directory cannot be made or written.
     """
-    path = Path(path)
+    wanted = _plain(config.to_dict())
+    distributed.on_lead(lambda: _open(Path(path), wanted))
+    return Path(path)
+
+
+def _open(path: Path, wanted: dict[str, Any]) -> None:
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"{path} is a file; a work directory is needed")
-    wanted = _plain(config.to_dict())
     file = path / CONFIG_FILE
     path.mkdir(parents=True, exist_ok=True)
     # Hidden files are the lock, what a killed atomic write leaves behind, or a file manager's.
@@ -63,7 +70,17 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
         _compare(wanted, read_config(path), path)
     else:
         write_json(file, wanted)
-    return path
+
+
+class NoLog:
+    """Where the other processes of a job write metrics: nowhere."""
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+
+
+def open_log(workdir: str | Path, last_step: int = -1) -> contextlib.AbstractContextManager[MetricsLog | NoLog]:
+    """The `MetricsLog` of a job, which its lead process writes."""
+    return MetricsLog(workdir, last_step) if distributed.is_lead() else contextlib.nullcontext(NoLog())
 
 
 class MetricsLog:

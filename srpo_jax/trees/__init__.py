@@ -1,6 +1,6 @@
 """Reasoning trees: one trunk, many branches, and their packing into static shapes."""
 
-from srpo_jax.trees.packing import Rows, TreeBatch, balance, pack_rows, pack_trees
+from srpo_jax.trees.packing import PackShape, Rows, TreeBatch, balance, pack_rows, pack_shape, pack_trees
 from srpo_jax.trees.selection import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs, usable_branches, verdict_of
 from srpo_jax.trees.shapes import PATCHES, Ladder, PackConfig, bucket, check_trunks, patches_of, rows_needed
 from srpo_jax.trees.tree import Branch, ReasoningTree, Trunk
@@ -13,6 +13,7 @@ __all__ = [
     "Branch",
     "Ladder",
     "PackConfig",
+    "PackShape",
     "ReasoningTree",
     "Rows",
     "TreeBatch",
@@ -21,6 +22,7 @@ __all__ = [
     "bucket",
     "check_trunks",
     "pack_rows",
+    "pack_shape",
     "pack_trees",
     "patches_of",
     "rows_needed",

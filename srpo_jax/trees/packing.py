@@ -15,7 +15,7 @@ trunk is to the pieces before it what a branch is to its prefix, and one rule of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,13 +101,20 @@ class _Tree(NamedTuple):
     rows: list[list[int]]
 
 
-class _Shape(NamedTuple):
+class PackShape(NamedTuple):
+    """Static sizes of a packed batch: rows of context, path tokens, patches, rows of a buffer, branches, branch tokens."""
+
     context: int
     path: int
     patches: int
     rows: int
     branches: int
     branch: int
+
+    @staticmethod
+    def covering(shapes: Iterable[Sequence[int]]) -> PackShape:
+        """The smallest shape that holds all of `shapes`."""
+        return PackShape(*map(max, zip(*shapes, strict=True)))
 
 
 def pack_rows(lengths: Sequence[int], row: int, taken: Sequence[int] = ()) -> list[list[int]]:
@@ -148,7 +155,11 @@ def balance(sizes: Sequence[int], buffers: int) -> list[int]:
 
 
 def pack_trees(
-    trees: Sequence[ReasoningTree], config: PackConfig, size: int | None = None, buffers: int = 1
+    trees: Sequence[ReasoningTree],
+    config: PackConfig,
+    size: int | None = None,
+    buffers: int = 1,
+    shape: PackShape | None = None,
 ) -> tuple[TreeBatch, dict]:
     """Packs trees, in order, into a `TreeBatch` of `size` trees (default: as many as given); the rest is padding of weight 0.
 
@@ -157,6 +168,7 @@ def pack_trees(
       config: the shapes.
       size: B.
       buffers: G, a divisor of `size`; one for each device that works on its own trees.
+      shape: to pack into; None takes `pack_shape`. The parts of one batch are packed into `PackShape.covering` of theirs.
 
     Returns:
       The batch in numpy, and counters: merged and dropped branches, prefixes, executed and useful tokens.
@@ -170,7 +182,7 @@ def pack_trees(
     parts, counts = _lay_out(trees, config)
     each = size // buffers
     groups = [parts[g * each : (g + 1) * each] for g in range(buffers)]
-    shape = _shape(groups, each, config)
+    shape = shape or _shape(groups, each, config)
     rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config.row) for g in groups), strict=True)
     packed = [_pack_tree(part, shape, config) for part in parts]
     packed += [_padding_tree(packed[0])] * (size - len(trees))
@@ -190,6 +202,12 @@ def pack_trees(
     return batch, counts
 
 
+def pack_shape(trees: Sequence[ReasoningTree], config: PackConfig, buffers: int = 1) -> PackShape:
+    """The shape of a batch of these trees; raises as `pack_trees` does."""
+    parts, each = _lay_out(trees, config)[0], len(trees) // buffers
+    return _shape([parts[g * each : (g + 1) * each] for g in range(buffers)], each, config)
+
+
 def _lay_out(trees: Sequence[ReasoningTree], config: PackConfig) -> tuple[list[_Tree], dict[str, int]]:
     """The branches of every tree that count, in rows, and how many were merged and dropped."""
     parts, counters = [], {"merged": 0, "dropped": 0, "prefixes": 0}
@@ -205,7 +223,7 @@ def _lay_out(trees: Sequence[ReasoningTree], config: PackConfig) -> tuple[list[_
     return parts, counters
 
 
-def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> _Shape:
+def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> PackShape:
     parts = [part for group in groups for part in group]
 
     def fit(size_of, ladder, what: str) -> int:
@@ -217,7 +235,7 @@ def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> 
     largest = max(fullest, key=lambda p: len(p.rows)).tree.trunk
     patches = max(patches_of(p.tree.trunk) for p in parts)
     trunk = fit(lambda p: len(p.tree.trunk.encoded.tokens), config.trunk, "trunk tokens (pack.trunk)")
-    return _Shape(
+    return PackShape(
         context=-(-trunk // config.row),
         path=fit(lambda p: len(p.tree.trunk.path), config.path, "tokens of path and reply (pack.path)"),
         patches=fit(lambda p: patches_of(p.tree.trunk), config.patches or (patches,), "vision patches (pack.patches)")
@@ -231,7 +249,7 @@ def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> 
     )
 
 
-def _pack_buffer(group: Sequence[_Tree], each: int, shape: _Shape, row: int):
+def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
     """Rows, predictors, targets and slots of one buffer, without an axis of buffers."""
     rows = Rows(
         tokens=np.zeros((shape.rows, row), np.int32),
@@ -290,7 +308,7 @@ def _fill_rows(part: _Tree, first: int, rows: Rows, row: int) -> list[int]:
     return starts
 
 
-def _pack_tree(part: _Tree, shape: _Shape, config: PackConfig) -> dict[str, Any]:
+def _pack_tree(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, Any]:
     """What the loss reads of one tree, without an axis of trees."""
     branches, trunk = part.branches, part.tree.trunk
     tokens = np.zeros((shape.branches, shape.branch), np.int32)
