@@ -16,7 +16,7 @@ from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
-from srpo_jax.evaluation.results import add_result, render
+from srpo_jax.evaluation.results import add_result, read_results, render
 from srpo_jax.files import lock_folder
 from srpo_jax.runs import is_run, load_run, training_judge
 
@@ -43,9 +43,9 @@ def main(_):
     for decoding in decodings:
         options = {"name": name, "step": step, "prompts": prompts, "training_judge": judge}
         entry = evaluate(policy, policy.params, records, evaluator, decoding, workdir / "evaluation", **options)
-        results = distributed.on_lead(lambda entry=entry: add_result(workdir / "results.json", entry, references))
-    if distributed.is_lead():
-        print(render(results))
+        if distributed.is_lead():
+            add_result(workdir / "results.json", entry, references)
+    cli.say(render(read_results(workdir / "results.json")) if distributed.is_lead() else "")
     cli.say(f"{len(records)} prompts, evaluator {evaluator.name}, step {step}; see {workdir}/results.json")
 
 

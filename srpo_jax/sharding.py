@@ -79,7 +79,7 @@ def local_parts(mesh: Mesh) -> tuple[int, ...]:
     """Which of the parts of a batch this process's devices hold, ascending: what it has to read."""
     count = batch_parts(mesh)
     places = batch_sharding(mesh).addressable_devices_indices_map((count,))
-    return tuple(sorted({part for (where,) in places.values() for part in range(count)[where]}))
+    return tuple(sorted({part for index in places.values() if index for part in range(count)[index[0]]}))
 
 
 def place_batch(batch: Any, mesh: Mesh) -> Any:
@@ -89,7 +89,7 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     def put(x: np.ndarray) -> jax.Array:
         each = x.shape[1] // len(mine)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             start, stop, _ = index[1].indices(each * count)
             first = mine.index(start // each) * each
             return x[:, first : first + stop - start]
@@ -108,7 +108,7 @@ def local_copy(params: Any) -> Any:
         return params
     mesh = Mesh(np.asarray(jax.local_devices()), ("local",), axis_types=(AxisType.Auto,))
 
-    def gather(x: jax.Array) -> jax.Array:
+    def gather(x: Any) -> jax.Array:
         if x.is_fully_addressable:
             return x
         whole = jax.device_put(x, replicated(x.sharding.mesh))
