@@ -206,8 +206,8 @@ def require_responses(
     if missing := [key for key in wanted if key not in known]:
         (name, sample, _), told = missing[0], ", ".join(f"{k}={v}" for k, v in config.decoding().items())
         raise MissingResponsesError(
-            f"{Path(folder) / RESPONSES} lacks {len(missing)} of {len(wanted)} responses of these parameters ({run['params']}) at {told}, such as "
-            f"sample {sample} of {name!r}; run without --score_only to generate them"
+            f"{Path(folder) / RESPONSES} lacks {len(missing)} of {len(wanted)} responses of these parameters "
+            f"({run['params']}) at {told}, such as sample {sample} of {name!r}; run without --score_only to generate them"
         )
 
 
