@@ -30,8 +30,9 @@ from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
+from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
-from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.training.step import ComputeConfig, make_update
 from srpo_jax.training.workdir import open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
 
@@ -169,7 +170,7 @@ def check_round(
                 "raise explore.max_tokens. Malformed: the policy does not write the path grammar yet; train it on reference "
                 "paths first (rounds=0). Judge failures: see verdicts.jsonl"
             )
-    if config.loss.lambda_ and not any(has_pair(tree, config.pack) for tree in trees):
+    if config.loss.contrasts() and not any(has_pair(tree, config.pack) for tree in trees):
         raise TrainingError(
             f"round {round_}: no prefix of any of {len(trees)} trees has both a favourable and an unfavourable branch, so "
             f"there is nothing to contrast (favourable: {statistics['explore/favourable_risky']:.1%} of risky, "
