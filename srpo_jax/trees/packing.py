@@ -339,7 +339,7 @@ def _pack_tree(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, A
     }
 
 
-def _per_token(values: Sequence[np.ndarray], shape: _Shape, dtype: Any) -> np.ndarray:
+def _per_token(values: Sequence[np.ndarray], shape: PackShape, dtype: Any) -> np.ndarray:
     """dtype[M, L]: one row per branch, 0 beyond its tokens."""
     padded = np.zeros((shape.branches, shape.branch), dtype)
     for row, value in zip(padded, values, strict=False):
@@ -347,7 +347,7 @@ def _per_token(values: Sequence[np.ndarray], shape: _Shape, dtype: Any) -> np.nd
     return padded
 
 
-def _extras(part: _Tree, shape: _Shape, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+def _extras(part: _Tree, shape: PackShape, wanted: Sequence[str]) -> dict[str, np.ndarray]:
     """The fields of `EXTRAS` that are wanted; ValueError names a record whose branches do not tell."""
     told: dict[str, list[Any]] = {field: [getattr(b, EXTRAS[field]) for b in part.branches] for field in wanted}
     for field, values in told.items():
