@@ -101,7 +101,8 @@ class GuardConfig:
             known = {field.name for field in dataclasses.fields(cls)}
             if not isinstance(values, dict) or values.keys() - known or "path" not in values:
                 raise ValueError(f"give a JSON object with path and any of {', '.join(sorted(known))}")
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
         except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -121,7 +122,7 @@ class GuardJudge(Generic[T]):
         policy: Policy,
         config: GuardConfig,
         template: Template,
-        answer: Callable[[Sequence[Encoded]], Sequence[Any]],
+        answer: Callable[[Sequence[Encoded]], Any],
         read: Callable[[Sequence[Any]], T],
         stepwise: bool = False,
     ):
@@ -183,7 +184,7 @@ def guard_judge(config: GuardConfig, policy: Policy | None = None) -> GuardJudge
       ValueError: no checkpoint of the family, a template that cannot be used, or labels that are no single tokens.
     """
     if policy is None:
-        options = {name: getattr(config, name) for name in ("dtype", "quantize", "max_image_tokens")}
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("dtype", "quantize", "max_image_tokens")}
         policy = load_policy(config.path, **options)
     template = Template(config.template or config.style)
     if config.style == "guardreasoner":
