@@ -105,7 +105,8 @@ def make_update(
         return TrainState(state.step + 1, params, {}, opt_state), metrics
 
     shardings = state_shardings(state, mesh)._replace(frozen={})
-    return Update(jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))))
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    return Update(compiled, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +114,16 @@ class Update:
     """A compiled update; `lower` takes shapes with shardings instead of arrays, for compilation ahead of time."""
 
     compiled: Any
+    mesh: jax.sharding.Mesh
 
     def __call__(self, state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        moved, metrics = self.compiled(state.moving(), state.frozen, batches)
+        with jax.set_mesh(self.mesh):
+            moved, metrics = self.compiled(state.moving(), state.frozen, batches)
         return moved._replace(frozen=state.frozen), metrics
 
     def lower(self, state: TrainState, batches: TreeBatch) -> jax.stages.Lowered:
-        return self.compiled.lower(state.moving(), state.frozen, batches)
+        with jax.set_mesh(self.mesh):
+            return self.compiled.lower(state.moving(), state.frozen, batches)
 
 
 def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
