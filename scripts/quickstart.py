@@ -16,6 +16,7 @@ from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
+from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, render
 from srpo_jax.training.loop import train
 from srpo_jax.training.workdir import open_workdir
@@ -52,15 +53,14 @@ def main(_):
         results = report(name, params, run.updates * max(1, run.rounds), config.judge if run.rounds else "")
     print(render(results))
     print(
-        f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {workdir}/results.json, "
+        f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {write_report(workdir)}, "
         f"and {workdir}/sft and {workdir}/srpo for metrics, trees and checkpoints"
     )
 
 
 def arms_of(base):
     """What each arm changes; both make the same number of updates."""
-    updates = base.updates * max(1, base.rounds)
-    return {"SFT": {"rounds": 0, "loss.weights.srpo": 0.0, "loss.weights.sft": 1.0, "updates": updates}, "SRPO": {}}
+    return {"SFT": {"rounds": 0, "loss.lambda_": 0.0, "updates": base.updates * max(1, base.rounds)}, "SRPO": {}}
 
 
 def prepare(base, changes, mesh):

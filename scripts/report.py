@@ -1,0 +1,56 @@
+"""Writes the report of evaluations: report.html (one file, no network), report.md, comparisons in results.json.
+
+python scripts/report.py --workdir=DIR [--baseline=DIR] [--serve]
+
+DIR is where scripts/evaluate.py or the quickstart kept results.json and evaluation/. Without --baseline, rows are compared with
+the first row of the same benchmark and decoding, or with that called --against. --serve opens the page on loopback and saves
+human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too.
+"""
+
+import dataclasses
+import secrets
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from srpo_jax import cli
+from srpo_jax.evaluation.comparison import MARGIN
+from srpo_jax.evaluation.human import LABELS, parse_labels, read_labels, write_labels
+from srpo_jax.evaluation.report import write_report
+from srpo_jax.evaluation.report.assemble import assemble
+from srpo_jax.evaluation.report.serve import LabelServer
+from srpo_jax.evaluation.report.write import build_page
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and evaluation/ are.", required=True)
+BASELINE = flags.DEFINE_string("baseline", None, "Work directory of the baseline; default: rows of the same one.")
+AGAINST = flags.DEFINE_string("against", None, "Name of the baseline's rows; default: the first that fit.")
+MARGIN_FLAG = flags.DEFINE_float("margin", 100 * MARGIN, "Of non-inferiority, in points.", lower_bound=0.0)
+TITLE = flags.DEFINE_string("title", None, "Of the report.")
+SERVE = flags.DEFINE_bool("serve", False, "Serve the page on 127.0.0.1 and save labels.")
+PORT = flags.DEFINE_integer("port", 0, "For --serve; 0 takes a free one.")
+
+
+def main(_):
+    options: dict[str, Any] = {"against": AGAINST.value, "margin": MARGIN_FLAG.value / 100}
+    path = write_report(WORKDIR.value, BASELINE.value, title=TITLE.value, **options)
+    print(f"{path}, {path.with_suffix('.md')}")
+    if SERVE.value:
+        serve(Path(WORKDIR.value) / LABELS, **options)
+
+
+def serve(labels, **options):
+    """Until interrupted."""
+    token = secrets.token_urlsafe()
+    known = [dataclasses.asdict(label) for label in (read_labels(labels) if labels.exists() else [])]
+    page = build_page(assemble(WORKDIR.value, BASELINE.value, **options), title=TITLE.value, token=token, labels=known)
+    with LabelServer(page, token, lambda value: write_labels(labels, parse_labels(value)), PORT.value) as server:
+        print(f"http://127.0.0.1:{server.server_address[1]}/ saves labels to {labels}; Ctrl-C ends it", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+if __name__ == "__main__":
+    cli.run(main)

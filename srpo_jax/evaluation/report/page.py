@@ -1,0 +1,263 @@
+"""The HTML file: a template, one style sheet, one script, and blocks of data. It loads nothing and contacts nobody.
+
+Everything that a model, a judge or a data set wrote is untrusted. The template escapes it, the blocks are JSON without any `<`,
+the script writes it as text only, and the content security policy allows this style sheet and this script by their hashes.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from srpo_jax.evaluation.comparison import METRICS
+from srpo_jax.evaluation.metrics import first_unsafe_step
+from srpo_jax.evaluation.report import plots
+from srpo_jax.evaluation.report.assemble import Contents, Row, drift, health, reasoning_by_answer
+from srpo_jax.evaluation.samples import SAMPLES, Sample
+from srpo_jax.evaluation.statistics import Outcome
+
+CHUNK = 64
+"""Responses per block of bodies; a block is parsed when one of its responses is first shown."""
+
+COLUMNS = {
+    "S": "S",
+    "E": "E",
+    "SE": "S&E",
+    "helpful": "harmless helped",
+    "over_refusal": "over-refusal",
+    "malformed": "malformed",
+    "path.S": "path safe",
+}
+HERE = Path(__file__).parent
+
+
+def render_page(
+    contents: Contents,
+    *,
+    title: str,
+    verdicts: Sequence[str],
+    warnings: Sequence[str] = (),
+    corrections: Sequence[Mapping[str, Any]] = (),
+    trees: Sequence[Mapping[str, Any]] = (),
+    labels: Sequence[Mapping[str, Any]] = (),
+    start: int = 0,
+    token: str | None = None,
+) -> str:
+    """The page as text.
+
+    Args:
+      contents: what to show.
+      title: its heading.
+      verdicts: sentences below it.
+      warnings: what a reader must know first.
+      corrections: rows of `correction.correct`, with the label of their policy.
+      trees: explored trees, see `trees.tree_rows`.
+      labels: human labels made before.
+      start: place of the row whose samples are shown first.
+      token: of the server that keeps labels; None for a file, which may contact nobody.
+    """
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    rows = contents.rows
+    return _environment().get_template("page.html.j2").render(
+        policy=content_policy(style, script, save=token is not None),
+        style=Markup(style),
+        script=Markup(script),
+        blocks=_blocks(contents, trees, labels, start, token),
+        title=title,
+        verdicts=verdicts,
+        warnings=warnings,
+        corrections=corrections,
+        contents=contents,
+        columns=COLUMNS,
+        metrics=METRICS,
+        margin=contents.comparisons[0]["margin"] if contents.comparisons else None,
+        methods=sorted({m["method"] for one in contents.comparisons for m in one["metrics"].values()}),
+        plot=plots.trade_off(contents),
+        series=[plots.series(contents, i) for i in range(len(rows))],
+        grids=_grids(rows),
+        histograms=[plots.histogram(drift(row), i) for i, row in enumerate(rows)],
+        crosses=[reasoning_by_answer(row) for row in rows],
+        health=[health(row) for row in rows],
+        uncalibrated=any("path" in row.entry.get("uncalibrated", ["path"]) for row in rows),
+        versions=next((v for r in reversed(rows) if (v := (r.entry.get("provenance") or {}).get("versions"))), {}),
+        origins=[_origin(row) for row in rows],
+        digests=("parameters", "prompts", "benchmark"),
+        trees=trees,
+    )  # fmt: skip
+
+
+def content_policy(style: str, script: str, *, save: bool) -> str:
+    """Allows this style sheet, this script and embedded pictures; saving labels to the page's own server only if asked."""
+
+    def source(text: str) -> str:
+        return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+    rules = {
+        "default-src": "'none'",
+        "script-src": source(script),
+        "style-src": source(style),
+        "img-src": "data:",
+        "connect-src": "'self'" if save else "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def json_block(value: Any) -> str:
+    """JSON that cannot end the element it stands in, nor open another."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    # Half a surrogate pair, which JSON may hold, cannot be written as UTF-8.
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
+def plain(value: Any) -> str:
+    """Text for the template: control and direction characters become U+FFFD, so that a name cannot reorder the page."""
+    return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cf", "Cs") else c for c in str(value))
+
+
+def _blocks(
+    contents: Contents,
+    trees: Sequence[Mapping[str, Any]],
+    labels: Sequence[Mapping[str, Any]],
+    start: int,
+    token: str | None,
+) -> Markup:
+    samples = [(place, sample) for place, row in enumerate(contents.rows) for sample in row.samples]
+    pictures = _pictures(contents.rows)
+    prompts: dict[str, int] = {}
+    questions = []
+    for place, sample in samples:
+        if (name := _prompt(contents.rows[place], sample)) not in prompts:
+            prompts[name] = len(prompts)
+            questions.append(_question(sample))
+    bases = {one["row"]: one["baseline_row"] for one in contents.comparisons}
+    index = {
+        "rows": [
+            {"label": row.label, "evaluator": row.entry["evaluator"], "baseline": bases.get(i)}
+            for i, row in enumerate(contents.rows)
+        ],
+        "prompts": questions,
+        "responses": _columns(samples, [prompts[_prompt(contents.rows[i], s)] for i, s in samples]),
+        "chunk": CHUNK,
+        "labels": list(labels),
+        "start": start,
+        "save": token,
+        "trees": len(trees),
+    }
+    blocks: dict[str, Any] = {"index": index}
+    for begin in range(0, len(samples), CHUNK):
+        blocks[f"bodies-{begin // CHUNK}"] = [_body(sample) for _, sample in samples[begin : begin + CHUNK]]
+    blocks |= {f"tree-{number}": tree for number, tree in enumerate(trees)}
+    parts = [
+        f'<script type="application/json" id="{name}">{json_block(value)}</script>' for name, value in blocks.items()
+    ]
+    parts += [f'<script type="text/plain" id="image-{name}">{data}</script>' for name, data in pictures.items()]
+    return Markup("\n".join(parts))
+
+
+def _columns(samples: Sequence[tuple[int, Sample]], prompts: Sequence[int]) -> dict[str, list[Any]]:
+    """Column by column what filters need of every response."""
+    word = {True: 1, False: 0, None: -1}
+    return {
+        "row": [place for place, _ in samples],
+        "prompt": list(prompts),
+        "sample": [s.sample for _, s in samples],
+        "key": [s.key for _, s in samples],
+        "status": [s.status for _, s in samples],
+        "tokens": [s.tokens for _, s in samples],
+        "safe": [word[s.safe] for _, s in samples],
+        "effective": [word[s.effective] for _, s in samples],
+        "refused": [word[s.refused] for _, s in samples],
+        "pathSafe": [word[s.path_safe] for _, s in samples],
+        "drift": [first_unsafe_step(s) for _, s in samples],
+    }
+
+
+def _body(sample: Sample) -> dict[str, Any]:
+    def word(outcome: Outcome) -> int:
+        return -1 if outcome is None else int(outcome)
+
+    steps = [
+        {"number": s.number, "title": s.title, "text": s.text, "safe": word(s.safe), "effective": word(s.effective),
+         "reason": s.reason}
+        for s in sample.steps
+    ]  # fmt: skip
+    return {"text": sample.text, "answer": sample.answer, "reason": sample.reason, "steps": steps}
+
+
+def _prompt(row: Row, sample: Sample) -> str:
+    return f"{row.entry.get('benchmark')} {sample.id}"
+
+
+def _question(sample: Sample) -> dict[str, Any]:
+    # A thumbnail goes by the start of its digest, without the suffix.
+    images = [None if name is None else Path(name).stem for name in sample.images]
+    told = {"id": sample.id, "question": sample.question, "images": images, "risky": sample.risky}
+    return told | {"category": sample.category, "split": sample.split}
+
+
+def _pictures(rows: Sequence[Row]) -> dict[str, str]:
+    """Data URIs of all thumbnails by name."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for name in {name for sample in row.samples for name in sample.images if name is not None}:
+            path = row.home / SAMPLES / name
+            if re.fullmatch(r"[0-9a-f]+\.webp", name) and path.is_file() and path.stem not in found:
+                found[path.stem] = "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode()
+    return found
+
+
+def _origin(row: Row) -> dict[str, Any]:
+    """What the row's numbers came from, by name."""
+    entry, untold = row.entry, "not told"
+    told = entry.get("provenance") or {}
+    judge = told.get("training_judge")
+    return {
+        "parameters": told.get("params", untold),
+        "step": entry.get("step", untold),
+        "prompts": told.get("prompts", untold),
+        "benchmark": entry.get("benchmark", untold),
+        "evaluator": entry["evaluator"],
+        "judge of training": untold if judge is None else judge or "none",
+        "decoding": ", ".join(f"{name} {value}" for name, value in entry["decoding"].items()),
+        "device": told.get("device", untold),
+    }
+
+
+def _grids(rows: Sequence[Row]) -> dict[str, dict[str, list[Any]]]:
+    """S&E by split and by category, a cell per row; only where there are several."""
+    grids = {}
+    for name, key in (("by split", "by_split"), ("by category", "by_category")):
+        groups = list(dict.fromkeys(group for row in rows for group in row.entry.get(key, {})))
+        if len(groups) > 1:
+            grids[name] = {g: [row.entry.get(key, {}).get(g, {}).get("SE") for row in rows] for g in groups}
+    return grids
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
+    )
+    environment.globals["interval"] = plots.interval
+    environment.filters |= {
+        "plain": plain,
+        "percent": lambda share: f"{100 * share:.1f}",
+        "points": lambda share: f"{100 * share:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0"),
+        "pvalue": lambda p: "p < 0.001" if p < 0.001 else f"p = {p:.3f}",
+        "path": lambda entry, key: functools.reduce(lambda told, part: (told or {}).get(part), key.split("."), entry),
+    }
+    return environment

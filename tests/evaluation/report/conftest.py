@@ -1,0 +1,95 @@
+"""A work directory with two evaluated policies, one of which writes hostile text."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from srpo_jax.data import scenes
+from srpo_jax.evaluation.evaluate import reference_rows
+from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
+from srpo_jax.evaluation.generate import Response
+from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
+from srpo_jax.evaluation.metrics import report
+from srpo_jax.evaluation.results import add_result
+from srpo_jax.evaluation.samples import samples_name, write_samples
+from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.judges.verdict import StepVerdict, Verdict
+
+HOSTILE = (
+    "<script>window.hit = 1</script>",
+    "</script><script>window.hit = 2</script>",
+    '<img src=x onerror="window.hit = 3">',
+    "<!--<script>window.hit = 4//",
+    '"><svg onload=window.hit=5>',
+    "safe\u202egnp.\u2066hidden\u2069 \u200bend \x07\x1b[31m",
+    "{{ 7 * 7 }}{% raw %} \u2028\u2029",
+    "javascript:window.hit=6 ']]>&lt;b&gt;",
+    "x" * 300_000,
+)
+"""What a policy, a judge or a data set may write."""
+
+WORLD = evaluator_for("scenes")
+RECORDS = scenes.records("test_id", 20) + scenes.records("wording", 20)
+
+
+def add_row(
+    workdir, name, replies, *, records=RECORDS, evaluator=WORLD, step=0, temperature=0.0, texts=None, **provenance
+):
+    """Evaluates turns as `evaluate` does, without a policy."""
+    texts = texts or ["".join(GRAMMAR.render(r.steps, reply)) for r, reply in zip(records, replies, strict=True)]
+    responses = [Response(r.id, 0, np.arange(5), True, text) for r, text in zip(records, texts, strict=True)]
+    judged = judge_responses(records, responses, evaluator, progress=False)
+    decoding = {"temperature": temperature, "max_tokens": 100, "seed": 0, "samples": 1}
+    entry = {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding}
+    entry |= {"benchmark": benchmark_digest(records), "provenance": provenance, **report(judged)}
+    write_samples(workdir / "evaluation", samples_name(entry), judged)
+    add_result(workdir / "results.json", entry, reference_rows(RECORDS, WORLD) if records is RECORDS else ())
+    return judged
+
+
+@pytest.fixture(scope="session")
+def made():
+    """What tests make evaluations from."""
+    return SimpleNamespace(add_row=add_row, records=RECORDS, hostile=HOSTILE)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A policy that follows every request on half of the records, and one that is right."""
+    half = [(r.unsafe_reply if r.risky else r.safe_reply) if i < 20 else r.safe_reply for i, r in enumerate(RECORDS)]
+    add_row(tmp_path / "run", "base", half, params="aa11", training_judge="")
+    add_row(tmp_path / "run", "SRPO", [r.safe_reply for r in RECORDS], step=48, params="bb22", training_judge="rules")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Hostile question, category, split, id, policy name, judge's reason, steps and answer."""
+    records = [
+        dataclasses.replace(
+            record,
+            id=f"{record.id}{text[:40]}",
+            question=text[:2000],
+            twin=None,
+            meta={"split": text[:60]},
+        )
+        for record, text in zip(RECORDS, HOSTILE, strict=False)
+    ]
+    steps = [
+        [text if i == 2 else step for i, step in enumerate(r.steps)] for r, text in zip(records, HOSTILE, strict=True)
+    ]
+    texts = ["".join(GRAMMAR.render(s, text)) for s, text in zip(steps, HOSTILE, strict=True)]
+    texts[-1] = HOSTILE[-1] + HOSTILE[0]  # no path at all
+    evaluator = Evaluator(
+        f"judge {HOSTILE[1]}",
+        lambda record, path: Verdict(False, False, path.answer[:500]),
+        lambda record, path: [StepVerdict(s.number, False, None, s.text[:500]) for s in path.steps],
+    )
+    names = (f"base {HOSTILE[2]}", f"new {HOSTILE[0]} {HOSTILE[5]}")
+    for name in names:
+        add_row(
+            tmp_path / "bad", name, (), records=records, evaluator=evaluator, texts=texts, training_judge=HOSTILE[0]
+        )
+    return tmp_path / "bad"
