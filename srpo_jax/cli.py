@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from srpo_jax import distributed
+from srpo_jax import distributed, preemption
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -35,17 +35,24 @@ PROCESS_ID = flags.DEFINE_integer(
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses flags, joins the job, calls `main`; ends with code 1 and a message where this package refuses something.
 
+    Asked to end (SIGTERM, Ctrl-C), it ends with code 75, `distributed.RESTART`: start it again.
+
     Any other error is a fault of a program and keeps its traceback. `--verbosity=0` shows what libraries log,
     `--verbosity=1` the traceback of a message, too. In a job of several processes an error of one ends all.
     """
     flags.FLAGS["verbosity"].using_default_value = False  # absl would raise it to INFO, and Orbax tells of every file
 
     def guarded(argv: Sequence[str]) -> None:
+        preemption.install()
         try:
             if DISTRIBUTED.value or COORDINATOR.value:
                 distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             main(argv)
             distributed.finish()
+        except preemption.Preempted as ended:
+            say(ended)
+            distributed.finish()
+            sys.exit(distributed.RESTART)
         except Exception as error:
             if isinstance(error, jax.errors.JaxRuntimeError):
                 distributed.wait_for_the_cause()

@@ -143,6 +143,21 @@ def test_when_a_process_dies_the_others_say_so_and_end(home, victim):
 
 
 @pytest.mark.slow
+def test_when_one_process_is_asked_to_end_all_save_the_same_step(home):
+    """And the scheduler reads in their exit codes that the job is to be started again."""
+    flags = own("preempted", updates=5000, checkpoint_every=5000)
+    job = start(home, 2, "train.py", *flags)
+    metrics = home / "preempted" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, job)
+    job[1].send_signal(signal.SIGTERM)
+    done = finish(job, timeout=60)
+    assert [code for code, _ in done] == [RESTART, RESTART], done[0][1][-3000:]
+    last = list(read_jsonl(metrics))[-1]["step"]
+    assert [path.name for path in (home / "preempted" / "checkpoints").iterdir()] == [str(last)]
+    assert f"step {last} is saved" in done[0][1]
+
+
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_its_message(home):
     """A configuration of another run, which the lead process alone notices."""
     (home / "other").mkdir()

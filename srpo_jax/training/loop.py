@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from srpo_jax import distributed, sharding
+from srpo_jax import distributed, preemption, sharding
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
@@ -29,6 +29,7 @@ from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
+from srpo_jax.preemption import Preempted
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
@@ -91,6 +92,7 @@ def train(
 
     Raises:
       TrainingError: a loss that is not finite, too many unknown or truncated branches, or a round without any pair.
+      preemption.Preempted: the process was asked to end; the update under way is saved.
     """
     workdir = Path(workdir)
     optimizer = config.optim.make()
@@ -201,8 +203,15 @@ def _round(
         statistics = {}
         bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
         bar.update()
-        if step % config.checkpoint_every == 0 or step == stop:
+        preemption.defer(True)
+        ends = distributed.anywhere(preemption.requested())
+        if step % config.checkpoint_every == 0 or step == stop or ends:
             checkpoints.save(step, state.moving(), _metadata(state, config))
+        if ends:
+            checkpoints.wait()
+            raise Preempted(f"asked to end: step {step} is saved, the same command goes on from there")
+    checkpoints.wait()
+    preemption.defer(False)
     bar.close()
     return state
 

@@ -1,9 +1,9 @@
-"""A small run of the embedded world that kills itself with SIGKILL at a chosen event; run as a script by test_resume.py.
+"""A small run of the embedded world that kills itself at a chosen event; run as a script by test_resume.py.
 
-    python killable.py WORKDIR [EVENT NUMBER [DELAY_MS]]
+    python killable.py WORKDIR [EVENT NUMBER [DELAY_MS [SIGNAL]]]
 
 EVENT is one of `branches`, `verdicts` (a line appended to that file), `update`, `save`; the kill comes DELAY_MS after the
-NUMBER-th of them began.
+NUMBER-th of them began, by SIGKILL unless another signal is named.
 """
 
 import os
@@ -15,6 +15,7 @@ from absl import logging
 
 import srpo_jax.training.loop as loop
 from srpo_jax import config as configs
+from srpo_jax import distributed, preemption
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.files import JsonLines
 from srpo_jax.training.workdir import open_workdir
@@ -31,7 +32,7 @@ def small_config():
     return config
 
 
-def arm(event: str, number: int, delay: float) -> None:
+def arm(event: str, number: int, delay: float, kind: signal.Signals) -> None:
     """Wraps the functions that mark events."""
     count = 0
 
@@ -39,9 +40,7 @@ def arm(event: str, number: int, delay: float) -> None:
         nonlocal count
         count += name == event
         if name == event and count == number:
-            threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL)).start() if delay else os.kill(
-                os.getpid(), signal.SIGKILL
-            )
+            threading.Timer(delay, os.kill, (os.getpid(), kind)).start() if delay else os.kill(os.getpid(), kind)
 
     def wrap(owner, method: str, name) -> None:
         inner = getattr(owner, method)
@@ -57,16 +56,21 @@ def arm(event: str, number: int, delay: float) -> None:
     wrap(loop, "_check_finite", lambda *_: "update")
 
 
-def main(workdir: str, event: str = "", number: str = "0", delay_ms: str = "0") -> None:
+def main(workdir: str, event: str = "", number: str = "0", delay_ms: str = "0", kind: str = "SIGKILL") -> None:
     logging.set_verbosity(logging.WARNING)
+    preemption.install()
     if event:
-        arm(event, int(number), float(delay_ms) / 1000)
+        arm(event, int(number), float(delay_ms) / 1000, signal.Signals[kind])
     config = small_config()
     open_workdir(workdir, config)
     mesh = configs.build_mesh(config)
     policy = configs.build_policy(config, mesh)
     run = configs.run_config(config)
-    loop.train(policy, configs.build_records(config), configs.build_judge(config), run, workdir, mesh)
+    try:
+        loop.train(policy, configs.build_records(config), configs.build_judge(config), run, workdir, mesh)
+    except preemption.Preempted as ended:
+        print(ended)
+        sys.exit(distributed.RESTART)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from srpo_jax.distributed import RESTART
 from srpo_jax.runs import load_run
 
 SCRIPT = Path(__file__).with_name("killable.py")
@@ -18,7 +19,7 @@ SCRIPT = Path(__file__).with_name("killable.py")
 def run(workdir: Path, *kill: object) -> int:
     command = [sys.executable, str(SCRIPT), str(workdir), *map(str, kill)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr[-3000:]
+    assert done.returncode in (0, -signal.SIGKILL, RESTART), done.stderr[-3000:]
     return done.returncode
 
 
@@ -45,6 +46,23 @@ def test_a_kill_in_every_phase_changes_nothing(uninterrupted, tmp_path):
         assert run(workdir, *kill) == -signal.SIGKILL
     assert run(workdir) == 0
     assert_same_run(workdir, uninterrupted)
+
+
+def test_a_run_that_is_asked_to_end_saves_what_it_holds_and_is_to_be_started_again(uninterrupted, tmp_path):
+    """At once while it explores, where all is on the disk; after the update under way else."""
+    workdir = tmp_path / "run"
+    assert run(workdir, "branches", 3, 0, "SIGTERM") == RESTART
+    assert not (workdir / "metrics.jsonl").read_bytes()
+    assert run(workdir, "update", 3, 0, "SIGINT") == RESTART
+    assert saved(workdir) == [2, 3]  # a checkpoint every second update; the third was under way
+    assert run(workdir, "branches", 1, 0, "SIGTERM") == RESTART  # round 0 is done after one more update
+    assert saved(workdir) == [3, 4]
+    assert run(workdir) == 0
+    assert_same_run(workdir, uninterrupted)
+
+
+def saved(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
 
 
 @pytest.mark.slow
