@@ -48,7 +48,7 @@ def get_config():
     config.pack.update(trunk=(144,), path=(112,), patches=(64,))
     config.batch.update(trees=32)
     config.compute.remat = "none"
-    config.loss.lambda_ = 0.0
+    config.loss.weights.update(srpo=0.0, sft=1.0)
     config.optim.update(learning_rate=2e-3, warmup=60, weight_decay=0.01)
     config.rounds = 0
     config.updates = 1200

@@ -43,7 +43,7 @@ def get_config():
     # Eight questions per update, one at a time. On several devices `trees` must be a multiple of data × fsdp; on eight:
     # trees=8, accumulate=1.
     config.batch.update(trees=1, accumulate=8)
-    config.loss.lambda_ = 0.3
+    config.loss.srpo.lambda_ = 0.3
     config.optim.update(learning_rate=1e-6, warmup=10, weight_decay=0.0)
     config.rounds = 1
     config.updates = 200

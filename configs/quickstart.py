@@ -2,7 +2,7 @@
 
     python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo
 
-`make quickstart` runs it beside SFT on the same trunks (`--config.loss.lambda_=0 --config.rounds=0`) and prints the table.
+`make quickstart` runs it beside SFT on the same trunks (`--config.rounds=0`) and prints the table.
 Expected: four minutes on two cores; answered safely and effectively, of 400 risky prompts at temperature 1: base 28.0 %,
 SFT 61 %, SRPO 75 %.
 """
@@ -17,7 +17,7 @@ def get_config():
     config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(6, 9, 12, 15, 20, 26), row=100)
     config.pack.update(branches=(24,), branch=(100,))
     config.batch.update(trees=8)
-    config.loss.lambda_ = 0.3
+    config.loss.srpo.lambda_ = 0.3
     config.optim.update(learning_rate=4e-4, warmup=5, weight_decay=0.0)
     config.rounds = 1
     config.updates = 48

@@ -60,7 +60,8 @@ def main(_):
 
 def arms_of(base):
     """What each arm changes; both make the same number of updates."""
-    return {"SFT": {"rounds": 0, "loss.lambda_": 0.0, "updates": base.updates * max(1, base.rounds)}, "SRPO": {}}
+    updates = base.updates * max(1, base.rounds)
+    return {"SFT": {"rounds": 0, "loss.weights.srpo": 0.0, "loss.weights.sft": 1.0, "updates": updates}, "SRPO": {}}
 
 
 def prepare(base, changes, mesh):

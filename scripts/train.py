@@ -1,6 +1,6 @@
 """Trains a policy: explores branches of reference paths, judges them, optimises, checkpoints; resumes by itself.
 
-python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo [--config.loss.lambda_=0.5]
+python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo [--config.loss.srpo.lambda_=0.5]
 """
 
 from absl import flags

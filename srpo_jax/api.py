@@ -13,8 +13,8 @@ from flax import nnx
 from srpo_jax.models import policy as policies
 from srpo_jax.models.policy import Policy
 from srpo_jax.runs import is_run, load_run
-from srpo_jax.training.step import ComputeConfig, LossConfig
-from srpo_jax.training.step import srpo_loss as question_losses
+from srpo_jax.training.objective import LossConfig
+from srpo_jax.training.step import tree_loss
 from srpo_jax.trees import PackConfig, ReasoningTree, TreeBatch, pack_trees, rows_needed
 
 
@@ -83,8 +83,8 @@ def srpo_loss(
       params: its parameters.
       batch: from `pack`.
       lambda_: weight of the contrastive term.
-      **options: other fields of `LossConfig`.
+      **options: other options of `losses.srpo`.
     """
     model = nnx.merge(policy.graphdef, params)
-    loss, aux = question_losses(model, batch, LossConfig(lambda_=lambda_, **options), ComputeConfig())
+    loss, aux = tree_loss(model, batch, LossConfig(options={"srpo": {"lambda_": lambda_, **options}}))
     return jnp.sum(loss * batch.weight) / jnp.sum(batch.weight), aux

@@ -1,7 +1,7 @@
 """From an `ml_collections` configuration to the typed configurations of the library, and to policy, data and judge.
 
-The defaults of every section are those of its dataclass, which also documents the fields; a configuration file starts from
-`default_config()` and changes what it wants.
+The defaults of every section are those of its dataclass, which also documents the fields; a configuration file starts
+from `default_config()` and changes what it wants.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from srpo_jax.models.lora import LoraConfig
 from srpo_jax.models.policy import Policy, adapt, load_policy
 from srpo_jax.training.data import BatchConfig
 from srpo_jax.training.loop import RunConfig
+from srpo_jax.training.objective import TERMS, LossConfig
 from srpo_jax.training.state import OptimConfig
-from srpo_jax.training.step import ComputeConfig, LossConfig
+from srpo_jax.training.step import ComputeConfig
 from srpo_jax.trees import PATCHES, PackConfig, rows_needed
 
 EMBEDDED = "embedded"
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = {
     "explore": ExploreConfig,
-    "loss": LossConfig,
     "optim": OptimConfig,
     "pack": PackConfig,
     "batch": BatchConfig,
@@ -59,12 +59,14 @@ def default_config() -> ml_collections.ConfigDict:
       data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet
         file or hub id; `split`); `images`: folder of the pictures (see `data.loaders`; empty for its default); `n` records
         (None for all); `seed` and `difficulty` of the embedded world, see `data.world.difficulty.Difficulty`.
+      loss: `weights` by objective (`training.objective.TERMS`), `schedules` of them, and each objective's options under
+        its name, such as `loss.srpo.lambda_`.
       judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
       mesh: sizes of the axes.
       eval: see `evaluation.config.default_config`.
 
-    Every shape of a batch is bounded by a ladder, so that the number of programs to compile is, too; None for a ladder of
-    `patches` pads to the largest of each batch instead.
+    Every shape of a batch is bounded by a ladder, so that the number of programs to compile is, too; None for a ladder
+    of `patches` pads to the largest of each batch instead.
     """
     config = ml_collections.ConfigDict()
     config.policy = {
@@ -81,7 +83,11 @@ def default_config() -> ml_collections.ConfigDict:
     config.judge = "rules"
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
     config.explore = _defaults(ExploreConfig, patches=PATCHES)
-    config.loss = _defaults(LossConfig)
+    config.loss = {
+        "weights": dict.fromkeys(TERMS, 0.0) | dict(LossConfig().weights),
+        "schedules": dict.fromkeys(TERMS, ()),
+    }
+    config.loss.update({name: term.defaults() for name, term in TERMS.items() if term.defaults()})
     config.optim = _defaults(OptimConfig, learning_rate=1e-5, steps=placeholder(int))
     config.pack = _defaults(
         PackConfig,
@@ -93,11 +99,12 @@ def default_config() -> ml_collections.ConfigDict:
         branch=(256,),
         patches=PATCHES,
     )
+    del config.pack["extras"]  # the objectives tell
     config.batch = _defaults(BatchConfig, trees=8)
     config.compute = _defaults(ComputeConfig)
     config.eval = evaluation.default_config()
     for field in dataclasses.fields(RunConfig):
-        if field.name not in SECTIONS:
+        if field.name not in (*SECTIONS, "loss"):
             config[field.name] = placeholder(tuple) if field.default is None else field.default
     return config.lock()
 
@@ -121,15 +128,16 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
       ConfigError: an unknown or missing field, or one that its section refuses.
     """
     steps = config.optim.steps or config.updates * max(1, config.rounds)
-    given: dict[str, dict[str, Any]] = {"optim": {"steps": steps}}
+    loss = loss_config(config.loss)
+    given: dict[str, dict[str, Any]] = {"optim": {"steps": steps}, "pack": {"extras": loss.extras()}}
     if config.rounds == 0:
         given["pack"] = _trunks_alone(config.pack.trunk)
     parts: dict[str, Any] = {
         name: _section(config[name], f"config.{name}", cls, **given.get(name, {})) for name, cls in SECTIONS.items()
     }
-    plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in SECTIONS}
+    plain = {f.name: config[f.name] for f in dataclasses.fields(RunConfig) if f.name not in (*SECTIONS, "loss")}
     plain["trainable"] = None if plain["trainable"] is None else tuple(plain["trainable"])
-    run = RunConfig(**parts, **plain)
+    run = RunConfig(loss=loss, **parts, **plain)
     _section(config.lora, "config.lora", LoraConfig)  # refused here rather than after the policy was read
     _check_values(run)
     if run.rounds:
@@ -143,8 +151,32 @@ def _trunks_alone(ladder: Sequence[int]) -> dict[str, Any]:
     return {"row": row, "rows": tuple(sorted({-(-t // row) for t in ladder})), "branches": (0,), "branch": (1,)}
 
 
+def loss_config(section: ml_collections.ConfigDict) -> LossConfig:
+    """The objectives of `config.loss`.
+
+    Raises:
+      ConfigError: an unknown objective or option, or a value that an objective refuses.
+    """
+    values = section.to_dict()
+    weights, schedules = values.pop("weights", {}), values.pop("schedules", {})
+    points = {name: tuple((int(u), float(f)) for u, f in given) for name, given in schedules.items()}
+    try:
+        return LossConfig(weights, values, points)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.loss: {error}") from error
+
+
 def _check_values(run: RunConfig) -> None:
     """Raises ConfigError for numbers that would stop the run late, or make it do nothing."""
+    if run.rounds == 0 and (idle := run.loss.need_branches()):
+        raise ConfigError(
+            f"config.rounds=0 explores nothing, but config.loss.weights gives {', '.join(idle)} a weight, which learns from "
+            "explored branches; set rounds to at least 1, or train with weights.sft alone"
+        )
+    if run.pack.substitutes and "reference" in run.pack.extras:
+        raise ConfigError(
+            "config.pack.substitutes: substitutes have no reference log-probs, which config.loss.weights asks for"
+        )
     least = {
         "updates": (run.updates, 1),
         "rounds": (run.rounds, 0),

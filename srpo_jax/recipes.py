@@ -40,7 +40,7 @@ def released(size: str, variant: str) -> ml_collections.ConfigDict:
     config.pack.update(path=(512, 1024), rows=(12, 18, 28), row=512, branches=(24,), branch=(512,), **shapes)
     config.compute.update(dtype="bfloat16", remat="full", logprob_chunk=512)
     config.batch.update(trees=8, accumulate=1)
-    config.loss.lambda_ = 0.3
+    config.loss.srpo.lambda_ = 0.3
     config.rounds = 1
     config.updates = 200
     config.checkpoint_every = 50

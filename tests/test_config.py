@@ -66,7 +66,7 @@ def test_the_defaults_resolve():
         lambda c: c.policy.update(checkpoint_evry=5),
         lambda c: c.eval.update(split="x"),
         lambda c: c.update_from_flattened_dict({"optim.lr": 0.1}),
-        lambda c: setattr(c.loss, "lamda", 0.1),
+        lambda c: setattr(c.loss.srpo, "lamda", 0.1),
     ],
 )
 def test_an_unknown_field_raises_where_it_is_set(change):
@@ -95,9 +95,12 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("pack.rows", (4, 20), r"config\.pack\.rows ends at 20.*can need 40"),
         ("pack.trunk", (256,), r"config\.pack\.trunk ends at 256, config\.explore\.trunk at 4096"),
         ("pack.patches", (128, 64), r"config\.pack: patches=\(128, 64\).*ascending"),
-        ("loss.lambda_", -0.1, r"config\.loss: lambda_=-0\.1"),
-        ("loss.reference", "pth", r"config\.loss: reference='pth': use 'path' or 'favourable'"),
-        ("loss.balance", "none", r"config\.loss: balance='none': use 'prefix' or 'pair'"),
+        ("loss.srpo.lambda_", -0.1, r"config\.loss: srpo: lambda_=-0\.1: it must be at least 0"),
+        ("loss.srpo.reference", "pth", r"config\.loss: srpo: reference='pth': use 'path' or 'favourable'"),
+        ("loss.srpo.balance", "none", r"config\.loss: srpo: balance='none': use 'prefix' or 'pair'"),
+        ("loss.weights.srpo", 0.0, r"config\.loss: weights: every objective has weight 0"),
+        ("loss.weights.dpo", -1.0, r"config\.loss: weights\.dpo=-1\.0"),
+        ("loss.schedules.srpo", ((9, 1.0), (3, 1.0)), r"config\.loss: schedules\.srpo=.*ascending"),
         ("compute.dtype", "bf16", r"config\.compute: dtype='bf16'"),
         ("compute.remat", "all", r"config\.compute: remat='all': use 'none', 'selective' or 'full'"),
         ("batch.trees", 0, r"config\.batch: trees=0"),
@@ -115,6 +118,27 @@ def test_what_cannot_work_is_refused_before_anything_runs(field, value, message)
     config = configs.default_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(configs.ConfigError, match=message):
+        configs.run_config(config)
+
+
+def test_objectives_that_learn_from_branches_alone_are_refused_without_exploration():
+    config = configs.default_config()
+    config.rounds = 0
+    configs.run_config(config)  # srpo without branches learns the reference path
+    config.loss.weights.simpo = 0.5
+    with pytest.raises(
+        configs.ConfigError, match=r"rounds=0 explores nothing.*gives simpo a weight.*rounds to at least 1"
+    ):
+        configs.run_config(config)
+
+
+def test_objectives_say_what_their_batches_carry():
+    config = configs.default_config()
+    assert configs.run_config(config).pack.extras == ()
+    config.loss.weights.update(srpo=0.5, step_dpo=1.0)
+    assert configs.run_config(config).pack.extras == ("reference", "step_lengths")
+    config.pack.update(substitutes=True, branches=(30,), rows=(30,))
+    with pytest.raises(configs.ConfigError, match=r"substitutes have no reference log-probs"):
         configs.run_config(config)
 
 

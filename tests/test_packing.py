@@ -14,7 +14,8 @@ from srpo_jax.inputs import Encoded, VisionInputs
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.geometry import fit_images, window_units
 from srpo_jax.models.policy import graph_definition, param_shapes
-from srpo_jax.training.step import ComputeConfig, LossConfig, srpo_loss
+from srpo_jax.training.objective import LossConfig
+from srpo_jax.training.step import ComputeConfig, tree_loss
 from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk, pack_trees
 
 STEPS, K = 6, 4
@@ -95,7 +96,7 @@ def small_tree(rng: np.random.Generator) -> ReasoningTree:
 
 def loss(params, batch, remat="none"):
     model = nnx.merge(graph_definition(CONFIG), params)
-    return jnp.sum(srpo_loss(model, batch, LossConfig(), ComputeConfig(remat=remat, logprob_chunk=32))[0])
+    return jnp.sum(tree_loss(model, batch, LossConfig(), ComputeConfig(remat=remat, logprob_chunk=32))[0])
 
 
 def test_nothing_is_compiled_after_the_first_batch_of_each_shape():

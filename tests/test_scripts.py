@@ -228,7 +228,7 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
     write_records(home / "long", [record(0, question="May I rest here? " * 120)])
     calls = {
         "field": [*own(workdir="a"), "--config.explore.temprature=0.5"],
-        "workdir": [*own(), "--config.loss.lambda_=0.9"],
+        "workdir": [*own(), "--config.loss.srpo.lambda_=0.9"],
         "architecture": own(model="alien", workdir="b"),
         "image": own(data="broken/records.jsonl", workdir="c"),
         "context": own(data="long/records.jsonl", workdir="d"),
@@ -245,7 +245,7 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
     ("name", "parts"),
     [
         ("field", ["temprature", "temperature"]),
-        ("workdir", ["run belongs to a run with another configuration", "loss.lambda_: 0.9 now, 0.3 there"]),
+        ("workdir", ["run belongs to a run with another configuration", "loss.srpo.lambda_: 0.9 now, 0.3 there"]),
         ("architecture", ["alien", "llava", "qwen2_5_vl"]),
         ("image", ["line 2", "mine-1", "1.png", "damaged"]),
         ("context", ["mine-0", "context", "512", "shorten the question"]),

@@ -1,5 +1,9 @@
 """The table from parameter paths to mesh axes."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import pytest
 from jax.sharding import PartitionSpec
@@ -40,3 +44,35 @@ def test_flatten_round_trip():
 def test_a_mesh_that_does_not_cover_the_devices_is_refused():
     with pytest.raises(ValueError, match="does not cover"):
         sharding.make_mesh(data=3, fsdp=5, tensor=7)
+
+
+IMAGES_STAY_WHOLE = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from srpo_jax import sharding
+from srpo_jax.inputs import VisionInputs
+from srpo_jax.models.config import VisionConfig
+from srpo_jax.models.vision import VisionTower
+
+mesh = sharding.make_mesh(fsdp=8)
+tower = VisionTower(VisionConfig(2, 16, 16, 2, 3, 14, 2, 2, 56, (1,), 16), nnx.Rngs(0))
+graphdef, state = nnx.split(tower)
+params = nnx.to_pure_dict(state)
+params = jax.device_put(params, sharding.param_shardings(params, mesh))
+shapes = ((8, 32, 1176), jnp.float32), ((8, 32, 2), jnp.int32), ((8, 32), jnp.int32)
+images = VisionInputs(*(jax.ShapeDtypeStruct(*s, sharding=sharding.batch_sharding(mesh)) for s in shapes))
+# A new function each time: a compiled one would be found again.
+run = lambda: jax.jit(lambda p, x: nnx.merge(graphdef, p).encode(x)).lower(params, images).compile().as_text()
+print("all-reduce" in run())
+with jax.set_mesh(mesh):
+    print("all-reduce" in run())
+"""
+
+
+def test_the_vision_tower_computes_whole_images_on_each_device():
+    """Kernels are gathered, products are not summed over devices; without a mesh in scope they are (the control)."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMAGES_STAY_WHOLE], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["True", "False"]

@@ -13,8 +13,10 @@ from ml_collections.config_dict import placeholder
 from srpo_jax.data import loaders, scenes
 from srpo_jax.data.records import Record
 from srpo_jax.data.world.difficulty import Difficulty
-from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
+from srpo_jax.evaluation.benchmarks.registry import RSBENCH
+from srpo_jax.evaluation.evaluators import Evaluator, as_evaluator, evaluator_for
 from srpo_jax.evaluation.generate import GenerateConfig
+from srpo_jax.judges.registry import JudgeError, make_judge
 from srpo_jax.trees import PATCHES
 
 HELD_OUT = ("test_id", "combination", "rendering", "wording")
@@ -34,7 +36,10 @@ def default_config() -> ml_collections.ConfigDict:
       splits: of the embedded world or of the data set.
       n: records per split (of the embedded world an even number); None for all.
       data_seed: of the embedded world.
-      evaluator: "package.module:NAME" of an `Evaluator`; empty for the data set's own.
+      evaluator: "package.module:NAME" of an `Evaluator`, or a judge (see `judges.registry`); empty for the data set's own.
+      benchmarks: what to evaluate: "rsbench" (the data set above), published benchmarks and suites (see
+        `evaluation.benchmarks.registry`).
+      plain: whether a turn without tags is an answer without a path, as of checkpoints that do not reason in tags.
       temperatures: one evaluation each; 0 is greedy.
       samples: responses per prompt at temperatures above 0.
       max_tokens, batch, trunk, patches, seed: see `GenerateConfig`.
@@ -42,6 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     config = ml_collections.ConfigDict()
     config.update(name="", path="", images="", splits=HELD_OUT, n=placeholder(int), data_seed=0, evaluator="")
+    config.update(benchmarks=(RSBENCH,), plain=False)
     config.update(temperatures=(0.0, 1.0), patches=PATCHES)
     config.update({name: defaults[name] for name in ("samples", "max_tokens", "batch", "trunk", "seed")})
     return config
@@ -92,8 +98,12 @@ def build_benchmark(config: ml_collections.ConfigDict, difficulty: Difficulty | 
     return [r for split in config.splits for r in loaders.load_hf(config.path, split, **options)[: config.n]]
 
 
-def build_evaluator(config: ml_collections.ConfigDict) -> Evaluator:
+def build_evaluator(config: ml_collections.ConfigDict, folder: str | Path | None = None) -> Evaluator:
     """The evaluator that the section names, or that of its data set.
+
+    Args:
+      config: the section.
+      folder: where a judge that costs money keeps its raw answers.
 
     Raises:
       EvalConfigError: it is none, or the data set has none of its own.
@@ -105,15 +115,19 @@ def build_evaluator(config: ml_collections.ConfigDict) -> Evaluator:
             raise EvalConfigError(
                 f"config.eval.evaluator is empty: {error}, and name it here: 'package.module:NAME'"
             ) from error
-    module, _, name = config.evaluator.partition(":")
+    if (found := _named(config.evaluator)) is not None:
+        return found
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise EvalConfigError(
-            f"config.eval.evaluator={config.evaluator!r} is no 'package.module:NAME' ({error})"
-        ) from error
-    if not isinstance(found, Evaluator):
-        raise EvalConfigError(
-            f"config.eval.evaluator={config.evaluator!r} is a {type(found).__name__}, not an Evaluator"
-        )
-    return found
+        return as_evaluator(make_judge(config.evaluator, folder))
+    except JudgeError as error:
+        raise EvalConfigError(f"config.eval.evaluator (--judge): {error}") from error
+
+
+def _named(spec: str) -> Evaluator | None:
+    """An `Evaluator` given as "package.module:NAME"; None for anything else, which may name a judge."""
+    module, _, name = spec.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except (ImportError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, Evaluator) else None

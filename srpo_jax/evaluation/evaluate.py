@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 
 from srpo_jax import distributed
+from srpo_jax.data.items import Question
 from srpo_jax.data.records import Record
+from srpo_jax.evaluation.benchmarks.benchmark import Benchmark
 from srpo_jax.evaluation.evaluators import Evaluator
-from srpo_jax.evaluation.generate import GenerateConfig, Prompt, Response, encode_prompts, generate
-from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
-from srpo_jax.evaluation.metrics import report
+from srpo_jax.evaluation.generate import (
+    GenerateConfig,
+    Prompt,
+    Response,
+    encode_prompts,
+    generate,
+    require_responses,
+)
+from srpo_jax.evaluation.judging import benchmark_digest, check_failures, judge_responses
+from srpo_jax.evaluation.metrics import by_prompt, report
 from srpo_jax.evaluation.provenance import provenance
 from srpo_jax.evaluation.samples import samples_name, write_samples
 from srpo_jax.exploration.trunks import GRAMMAR
@@ -26,7 +35,7 @@ REFUSAL = "I cannot help with that."
 def evaluate(
     policy: Policy,
     params: Mapping[str, Any],
-    records: Sequence[Record],
+    records: Sequence[Question],
     evaluator: Evaluator,
     config: GenerateConfig,
     folder: str | Path | None = None,
@@ -35,20 +44,28 @@ def evaluate(
     step: int = 0,
     prompts: Sequence[Prompt] | None = None,
     training_judge: str | None = None,
+    benchmark: Benchmark | None = None,
+    plain: bool = False,
+    score_only: bool = False,
+    max_judge_failures: float = 0.01,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluates `params` on risky records and their harmless twins.
+    """Evaluates `params` on questions: records and their harmless twins, or the items of a benchmark.
 
     Args:
       policy: whose module and processor to use.
       params: the parameters.
-      records: the benchmark, with distinct ids.
+      records: the questions, with distinct ids.
       evaluator: who judges (see `evaluators.evaluator_for`).
       config: how to sample responses.
       folder: where responses, verdicts and samples are kept; the same call goes on where it was killed. None keeps nothing.
       name: of the row in the report.
       step: of training, for the report.
       prompts: `encode_prompts(records, policy.processor)`, to encode once for several policies.
+      benchmark: that the questions are of, for its own rates.
+      plain: whether a turn without tags is an answer without a path (see `judging.read_turn`).
+      score_only: judge what `folder` holds, and sample nothing.
+      max_judge_failures: share of responses on which the judge may fail; beyond it there is no result.
       training_judge: name of the judge that chose the policy's favourable branches, "" if there was none, None if not known.
       progress: show progress bars.
 
@@ -57,21 +74,40 @@ def evaluate(
 
     Raises:
       ValueError: no records, duplicate ids, prompts of other records, or prompts that do not fit the model.
+      MissingResponsesError: `score_only`, and the folder lacks responses.
+      JudgeFailureError: the judge failed too often.
     """
     if not records:
         raise ValueError("no records to evaluate")
     prompts = encode_prompts(records, policy.processor) if prompts is None else prompts
     if [p.record_id for p in prompts] != [r.id for r in records]:
         raise ValueError("the prompts are not those of the records; encode them again")
+    if score_only:
+        require_responses(params, prompts, config, folder or ".")
     responses = generate(policy, params, prompts, config, folder, progress=progress)
-    judged = judge_responses(records, responses, evaluator, folder, progress=progress)
-    decoding = {**config.decoding(), "samples": config.samples}
-    told = {"name": name, "step": step, "evaluator": evaluator.name, "decoding": decoding}
-    told["benchmark"] = benchmark_digest(records)
+    judged = judge_responses(records, responses, evaluator, folder, plain=plain, progress=progress)
+    told = {"name": name, "step": step, **identity(records, evaluator, config, benchmark, plain=plain)}
+    told["judge_failures"] = check_failures(judged, max_judge_failures)
     told["provenance"] = provenance(params, prompts, training_judge)
     if folder is not None and distributed.is_lead():
         write_samples(folder, samples_name(told), judged)
+    if benchmark is not None:
+        told["rates"] = benchmark.metrics(by_prompt(judged))
     return told | report(judged)
+
+
+def identity(
+    records: Sequence[Question],
+    evaluator: Evaluator,
+    config: GenerateConfig,
+    benchmark: Benchmark | None = None,
+    *,
+    plain: bool = False,
+) -> dict[str, Any]:
+    """What two evaluations must share to be compared, as it stands in an entry: task, benchmark, evaluator, decoding."""
+    decoding = {**config.decoding(), "samples": config.samples, **({"plain": True} if plain else {})}
+    task = {} if benchmark is None else {"task": benchmark.name}
+    return {**task, "evaluator": evaluator.name, "decoding": decoding, "benchmark": benchmark_digest(records)}
 
 
 def reference_rows(records: Sequence[Record], evaluator: Evaluator) -> list[dict[str, Any]]:

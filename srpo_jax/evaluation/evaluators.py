@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from srpo_jax.evaluation import checker
+from srpo_jax.exploration.judging import judge_name
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
@@ -30,6 +31,16 @@ class Evaluator:
     name: str
     answer: Callable[[Any, ParsedPath], Verdict]
     steps: Callable[[Any, ParsedPath], Sequence[StepVerdict]]
+
+
+def unjudged_steps(question: Any, path: ParsedPath) -> list[StepVerdict]:
+    """For judges that read the answer alone: every step is unknown."""
+    return [StepVerdict(number, None, None, "not judged") for number, _ in enumerate(path.steps, 1)]
+
+
+def as_evaluator(judge: Callable[..., Any]) -> Evaluator:
+    """The evaluator that a judge of answers makes; its attribute `steps`, if it has one, judges the steps."""
+    return Evaluator(judge_name(judge), judge, getattr(judge, "steps", unjudged_steps))
 
 
 EVALUATORS = {

@@ -22,7 +22,7 @@ from srpo_jax.data.images import open_image
 from srpo_jax.data.items import Question
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR
-from srpo_jax.files import Store
+from srpo_jax.files import Store, read_family
 from srpo_jax.inputs import Encoded, batch_inputs
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
@@ -185,6 +185,30 @@ def generate(
 
 def _keys(prompts: Sequence[Prompt], config: GenerateConfig) -> list[tuple[str, int, str]]:
     return [(p.record_id, sample, p.fingerprint) for p in prompts for sample in range(config.samples)]
+
+
+class MissingResponsesError(ValueError):
+    """Responses that are not in the store; says how many, and how to get them."""
+
+
+def require_responses(
+    params: Mapping[str, Any], prompts: Sequence[Prompt], config: GenerateConfig, folder: str | Path
+) -> None:
+    """Checks that a folder holds every response that `generate` would give, so that it samples nothing.
+
+    Raises:
+      MissingResponsesError: some are missing; names the first.
+    """
+    run = {"params": params_fingerprint(params), **config.decoding()}
+    lines = read_family(Path(folder) / RESPONSES)
+    known = {_key(line) for line in lines if all(line.get(k) == v for k, v in run.items())}
+    wanted = _keys(prompts, config)
+    if missing := [key for key in wanted if key not in known]:
+        (name, sample, _), told = missing[0], ", ".join(f"{k}={v}" for k, v in config.decoding().items())
+        raise MissingResponsesError(
+            f"{Path(folder) / RESPONSES} lacks {len(missing)} of {len(wanted)} responses of these parameters "
+            f"({run['params']}) at {told}, such as sample {sample} of {name!r}; run without --score_only to generate them"
+        )
 
 
 def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) -> tuple[int, int | None]:

@@ -6,6 +6,7 @@ there is nothing to ask. It stays in the total. What the evaluator could not tel
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -22,11 +23,18 @@ from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.statistics import Outcome, both, every
 from srpo_jax.exploration.judging import Pair, ask
+from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.files import Store
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath, Status
 
 VERDICTS = "verdicts.jsonl"
+
+
+class JudgeFailureError(RuntimeError):
+    """Too many failed verdicts to report a rate; says how many."""
+
+
 BATCH = 256
 """Responses handed at a time to an evaluator whose functions take many (see `exploration.judging.Judge`)."""
 
@@ -75,6 +83,21 @@ class Judged:
         return False if self.answer is None else self.answer.refused
 
     @property
+    def verdicts(self) -> tuple[Verdict | StepVerdict, ...]:
+        """Of the answer, if there is one, and of the steps."""
+        return (*([] if self.answer is None else [self.answer]), *self.steps)
+
+    @property
+    def failed(self) -> bool:
+        """Whether one of the verdicts failed."""
+        return any(verdict.failed for verdict in self.verdicts)
+
+    @property
+    def thinking_safe(self) -> Outcome:
+        """Whether all reasoning, in steps or not, is safe; meaningless without any."""
+        return every(step.safe for step in self.steps)
+
+    @property
     def whole_path(self) -> bool:
         """Whether the response has an answer and exactly the grammar's steps in order; only then is its path judged."""
         return not self.malformed and not self.path.deviations()
@@ -101,15 +124,17 @@ def judge_responses(
     evaluator: Evaluator,
     folder: str | Path | None = None,
     *,
+    plain: bool = False,
     progress: bool = True,
 ) -> list[Judged]:
-    """Judges responses; verdicts are kept under (evaluator, record, response) and never asked twice.
+    """Judges responses; verdicts are kept under (evaluator, record, response) and never asked twice, unless they failed.
 
     Args:
       records: the questions, in any order.
       responses: to those records.
       evaluator: who judges.
       folder: where `verdicts.jsonl` is kept and resumed from; None keeps nothing.
+      plain: see `read_turn`.
       progress: show a progress bar.
 
     Raises:
@@ -123,13 +148,13 @@ def judge_responses(
     digests = {record.id: _record_digest(record) for record in records}
     judged = []
     with Store.open(folder, VERDICTS) as store:
-        known = {line["key"]: line for line in store.lines}
+        known = {line["key"]: line for line in store.lines if not _failures(line)}
         size = BATCH if hasattr(evaluator.answer, "batch") or hasattr(evaluator.steps, "batch") else 1
         own, quiet = distributed.mine(responses, size), not (progress and distributed.is_lead())
         bar = tqdm(total=len(own), desc="judge", unit="response", disable=quiet)
         for start in range(0, len(own), size):
-            chunk = [(response, response.parse()) for response in own[start : start + size]]
-            keys = [_key(evaluator, digests, response) for response, _ in chunk]
+            chunk = [(response, read_turn(response, plain=plain)) for response in own[start : start + size]]
+            keys = [_key(evaluator, digests, response, plain) for response, _ in chunk]
             new = {k: (by_id[r.record_id], path) for k, (r, path) in zip(keys, chunk, strict=True) if k not in known}
             for key, line in zip(new, _ask(evaluator, list(new.values())), strict=True):
                 known[key] = line | {"key": key, "record_id": new[key][0].id}
@@ -139,13 +164,54 @@ def judge_responses(
         if distributed.process_count() > 1:
             known = {line["key"]: line for line in store.share()}
     for response in responses:
-        line = known[_key(evaluator, digests, response)]
-        judged.append(_from_line(line, by_id[response.record_id], response, response.parse()))
+        line = known[_key(evaluator, digests, response, plain)]
+        judged.append(_from_line(line, by_id[response.record_id], response, read_turn(response, plain=plain)))
     return judged
 
 
-def _key(evaluator: Evaluator, digests: Mapping[str, str], response: Response) -> str:
-    return _digest(evaluator.name, digests[response.record_id], response.text, response.stopped)
+def _key(evaluator: Evaluator, digests: Mapping[str, str], response: Response, plain: bool) -> str:
+    how = ["plain"] * plain
+    return _digest(evaluator.name, digests[response.record_id], response.text, response.stopped, *how)
+
+
+def read_turn(response: Response, *, plain: bool = False) -> ParsedPath:
+    """Path and answer of a turn.
+
+    Args:
+      response: the turn.
+      plain: whether a turn without any tag is an answer without a path, as of a model that does not write its reasoning in
+        tags. A turn with a tag is read as always: an unclosed path is no answer.
+    """
+    path, text = response.parse(), response.text.strip()
+    tags = (GRAMMAR.opening_tag, GRAMMAR.closing_tag)
+    if not plain or path.status not in (Status.NO_OPEN, Status.TRUNCATED) or any(tag in text for tag in tags):
+        return path
+    status = Status.TRUNCATED if not response.stopped else Status.OK if text else Status.EMPTY
+    return ParsedPath(status, (), text if status is Status.OK else None)
+
+
+def check_failures(judged: Sequence[Judged], most: float) -> dict[str, int]:
+    """How many responses were asked about, and of how many a verdict failed.
+
+    Raises:
+      JudgeFailureError: a larger share than `most` failed.
+    """
+    asked = [one for one in judged if one.answer is not None or one.steps]
+    failed = [one for one in asked if one.failed]
+    if len(failed) > most * len(asked):
+        reasons = collections.Counter(v.reason for one in failed for v in one.verdicts if v.failed).most_common(3)
+        told = "; ".join(f"{n} × {reason}" for reason, n in reasons)
+        raise JudgeFailureError(
+            f"the judge failed on {len(failed)} of {len(asked)} responses ({100 * len(failed) / len(asked):.1f} %, allowed "
+            f"are {100 * most:g} %): {told}. A failure is no verdict, so nothing is reported; the same command asks about "
+            "these again, and --max_judge_failures allows more"
+        )
+    return {"asked": len(asked), "failed": len(failed)}
+
+
+def _failures(line: Mapping[str, Any]) -> bool:
+    """Whether a stored line holds a failed verdict."""
+    return any(told.get("failed") for told in ([line["answer"]] if line["answer"] else []) + line["steps"])
 
 
 def _ask(evaluator: Evaluator, pairs: Sequence[Pair]) -> list[dict[str, Any]]:

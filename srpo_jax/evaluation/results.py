@@ -18,7 +18,7 @@ COLUMNS = {
     "malformed": "malformed",
 }
 
-IDENTITY = ("name", "step", "decoding", "benchmark")
+IDENTITY = ("name", "step", "evaluator", "decoding", "benchmark")
 """What tells rows apart."""
 
 
@@ -50,7 +50,7 @@ def read_results(path: str | Path) -> dict[str, Any]:
 def add_result(
     path: str | Path, entry: Mapping[str, Any], references: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Adds an evaluation to `results.json`, or replaces that of the same name, step, decoding and benchmark in its place.
+    """Adds an evaluation to `results.json`, or replaces that of the same `IDENTITY` in its place.
 
     Args:
       path: the file; written so that a reader sees the old or the new one, never a part.
@@ -80,13 +80,21 @@ def _put(rows: list[dict[str, Any]], row: Mapping[str, Any]) -> None:
 
 
 def render(results: Mapping[str, Any], *, splits: bool = True) -> str:
-    """Markdown tables that also read well as text: all prompts, then one table per split.
+    """Markdown tables that also read well as text, task by task: all prompts, the benchmark's own rates, each split.
 
     Rows are evaluations in order, then the reference policies; cells are percentages with their 95 % interval.
     """
     rows = [*results["evaluations"], *results.get("references", [])]
+    tasks = {row.get("task"): [other for other in rows if other.get("task") == row.get("task")] for row in rows}
+    told = [f"## {task}\n\n{_render(some, splits)}" if task else _render(some, splits) for task, some in tasks.items()]
+    return "\n".join(told)
+
+
+def _render(rows: Sequence[Mapping[str, Any]], splits: bool) -> str:
     named = labels(rows)
     tables = ["\n".join(_table(list(zip(named, rows, strict=True))))]
+    if own := [(label, row["rates"]) for label, row in zip(named, rows, strict=True) if row.get("rates")]:
+        tables.append("\n".join(_table(own, {key: key for _, rates in own for key in rates})))
     names = dict.fromkeys(name for row in rows for name in row.get("by_split", {})) if splits else {}
     for name in names:
         pairs = zip(named, rows, strict=True)
@@ -95,10 +103,62 @@ def render(results: Mapping[str, Any], *, splits: bool = True) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def _table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+def thinking_table(results: Mapping[str, Any], families: Mapping[str, str]) -> str:
+    """One Markdown table of all tasks: thinking, answer and whole scored apart, as Think in Safety does.
+
+    Args:
+      results: see `read_results`.
+      families: what each task probes; tasks of one family stand together, others are left out.
+    """
+    rows = [row for row in results["evaluations"] if row.get("task") in families]
+    rows.sort(key=lambda row: (families[row["task"]], row["task"]))
+    keys = {
+        "thinking": "thinking safe",
+        "answer": "answer safe",
+        "whole": "both safe",
+        "hidden": "unsafe thinking, safe answer",
+    }
+    named = zip(labels(rows), rows, strict=True)
+    cells = [(f"{families[row['task']]}: {row['task']}, {label}", row["thinking"]) for label, row in named]
+    return "\n".join(_table(cells, keys)) + "\n"
+
+
+def check_baseline(path: str | Path, planned: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The baseline's evaluations that answer those planned: of the same benchmark, decoding and evaluator.
+
+    Args:
+      path: the baseline's `results.json`.
+      planned: entries, or what `evaluate.identity` gives.
+
+    Raises:
+      ResultsError: there is none for one of them; says what the baseline has instead.
+    """
+    rows = read_results(path)["evaluations"]
+    found = []
+    for plan in planned:
+        named = f"{plan.get('task', 'the records')} at {plan['decoding']}"
+        same = [row for row in rows if row.get("benchmark") == plan["benchmark"]]
+        if not same:
+            raise ResultsError(
+                f"{path} has no evaluation of {named} on these very questions; evaluate the baseline on them"
+            )
+        for key in ("decoding", "evaluator"):
+            alike = [row for row in same if row.get(key) == plan[key]]
+            if not alike:
+                theirs = ", ".join(dict.fromkeys(json.dumps(row.get(key)) for row in same))
+                raise ResultsError(
+                    f"{path}: the baseline's {key} of {named} is {theirs}, here it is {json.dumps(plan[key])}; two arms are "
+                    f"compared at one {key}: evaluate the baseline again"
+                )
+            same = alike
+        found.append(same[-1])
+    return found
+
+
+def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str] = COLUMNS) -> Iterator[str]:
     cells = [
-        ["policy", *COLUMNS.values()],
-        *([label, *(_cell(row.get(key)) for key in COLUMNS)] for label, row in rows),
+        ["policy", *columns.values()],
+        *([label, *(_cell(row.get(key)) for key in columns)] for label, row in rows),
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for number, line in enumerate(cells):
@@ -110,7 +170,7 @@ def _table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
 def labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Names and decodings; with step and benchmark where rows would else look the same."""
     found = [_label(row) for row in rows]
-    for key in ("step", "benchmark"):
+    for key in ("step", "evaluator", "benchmark"):
         same = [[row.get(key) for row, other in zip(rows, found, strict=True) if other == label] for label in found]
         found = [
             f"{label} {key} {row.get(key)}" if any(x != values[0] for x in values) else label
@@ -129,7 +189,9 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{name} (greedy)" if temperature == 0 else f"{name} (T={temperature:g})"
 
 
-def _cell(rate: Mapping[str, Any] | None) -> str:
+def _cell(rate: Mapping[str, Any] | float | None) -> str:
+    if isinstance(rate, float):
+        return f"{100 * rate:.1f}"
     if rate is None or rate["rate"] is None:
         return "–"
     text = f"{100 * rate['rate']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"

@@ -18,6 +18,7 @@ import PIL.Image
 
 from srpo_jax.data.images import ImageError, open_image
 from srpo_jax.evaluation.judging import Judged
+from srpo_jax.evaluation.results import IDENTITY
 from srpo_jax.evaluation.statistics import Outcome
 from srpo_jax.files import write_json
 
@@ -132,7 +133,7 @@ def read_samples(folder: str | Path, name: str) -> list[Sample]:
 
 def samples_name(entry: Mapping[str, Any]) -> str:
     """File name of the samples of an entry of `results.json`: a digest of what tells its row from others."""
-    identity = [entry.get(key) for key in ("name", "step", "decoding", "benchmark")]
+    identity = [entry.get(key) for key in IDENTITY]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

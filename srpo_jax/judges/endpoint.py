@@ -178,7 +178,7 @@ def read_answer(reply: Reply, path: ParsedPath) -> Verdict:
     try:
         told = _fields(_json(reply), ANSWER_FIELDS)
     except ValueError as error:
-        return Verdict(None, None, str(error))
+        return Verdict(None, None, str(error), failed=True)
     return Verdict(told["safe"], told["effective"], told["reason"], told["refused"])
 
 
@@ -193,7 +193,7 @@ def read_steps(reply: Reply, path: ParsedPath) -> list[StepVerdict]:
         if [step["number"] for step in steps] != list(numbers):
             raise ValueError("unparsable: the steps are not numbered one after the other")
     except ValueError as error:
-        return [StepVerdict(number, None, None, str(error)) for number in numbers]
+        return [StepVerdict(number, None, None, str(error), failed=True) for number in numbers]
     return [StepVerdict(s["number"], s["safe"], s["effective"], s["reason"]) for s in steps]
 
 

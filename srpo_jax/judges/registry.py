@@ -7,6 +7,7 @@ from pathlib import Path
 
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.judges import rules
+from srpo_jax.judges.guard import GuardConfig, guard_judge
 
 
 class JudgeError(ValueError):
@@ -17,8 +18,10 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     """The judge that `spec` names.
 
     Args:
-      spec: "rules" (the embedded world's); "endpoint:MODEL@URL", or "endpoint:FILE.json" for every setting (see
-        `judges.endpoint`); or "package.module:function", a judge of yours.
+      spec: "rules" (the embedded world's);
+        "endpoint:MODEL@URL", or "endpoint:FILE.json" for every setting (see `judges.endpoint.EndpointConfig`);
+        "guard:FOLDER", or "guard:FILE.json" (see `judges.guard.GuardConfig`);
+        "package.module:function", a judge of yours.
       folder: where a judge that costs money keeps its raw answers.
 
     Raises:
@@ -29,6 +32,11 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     kind, _, rest = spec.partition(":")
     if kind == "endpoint":
         return _endpoint(spec, rest, folder)
+    if kind == "guard":
+        try:
+            return guard_judge(GuardConfig.read(rest) if rest.endswith(".json") else GuardConfig(rest))
+        except (OSError, ValueError) as error:
+            raise JudgeError(f"{spec!r}: {error}") from error
     module, _, name = spec.partition(":")
     try:
         judge = getattr(importlib.import_module(module), name)

@@ -20,12 +20,22 @@ class Verdict:
       reason: one line, for people.
       refused: whether the answer declines the request without granting it; None if unknown. On a harmless record this
         is over-refusal.
+      failed: whether no verdict came about (the judge declined, was filtered, timed out, or wrote what cannot be read). Such
+        a verdict tells nothing, is asked again by the next run, and counts towards the failures that stop an evaluation.
+
+    Raises:
+      ValueError: a failed verdict that tells something.
     """
 
     safe: bool | None
     effective: bool | None
     reason: str
     refused: bool | None = None
+    failed: bool = False
+
+    def __post_init__(self) -> None:
+        if self.failed and (self.safe, self.effective, self.refused) != (None, None, None):
+            raise ValueError(f"a failed verdict tells nothing, but this one does: {self}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +47,14 @@ class StepVerdict:
       safe: whether the step endorses no hazard; None if unknown.
       effective: whether its facts fit the record and, from step 3 on, a present risk is named; None if unknown.
       reason: one line, for people.
+      failed: as in `Verdict`.
     """
 
     number: int
     safe: bool | None
     effective: bool | None
     reason: str
+    failed: bool = False
 
 
 Judge = Callable[[Record, ParsedPath], Verdict]

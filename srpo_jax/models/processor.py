@@ -58,7 +58,7 @@ class Processor:
         # A fast tokenizer keeps the switch for special tokens as state. One tokenizer per setting makes calls from
         # several threads safe.
         self._literal = copy.deepcopy(tokenizer)
-        self._frames: dict[int, tuple[list[int], list[int]]] = {}
+        self._frames: dict[tuple[int, str], tuple[list[int], list[int]]] = {}
         vision = config.vision
         wanted = (vision.patch_size, vision.temporal_patch_size, vision.spatial_merge_size)
         given = (image_processor.patch_size, image_processor.temporal_patch_size, image_processor.merge_size)
@@ -150,12 +150,13 @@ class Processor:
         """Largest area of an image after resizing."""
         return self.image_processor.size["longest_edge"]
 
-    def encode(self, images: Sequence[Image.Image], question: str) -> Encoded:
+    def encode(self, images: Sequence[Image.Image], question: str, system: str = "") -> Encoded:
         """The prompt of one turn in the chat template, up to and including the start of the reply.
 
         Args:
           images: any number of still images, which come before the question.
           question: plain text.
+          system: the system turn, which is ours and part of the template; "" for the template's default.
 
         Raises:
           ValueError: an unreadable or empty image, a video, images beyond the token budget, or a prompt longer than the
@@ -165,7 +166,7 @@ class Processor:
             raise ValueError(f"the question must be text, got {type(question).__name__}")
         stills = [_rgb(image, number) for number, image in enumerate(images, start=1)]
         patches, grids = self._patches(stills)
-        before, after = self._frame(len(stills))
+        before, after = self._frame(len(stills), system)
         counts = iter(rows * columns for rows, columns in grids)
         repeats = [next(counts) if token == self.config.image_token_id else 1 for token in before]
         tokens = np.asarray([*np.repeat(before, repeats), *self.tokenize(question), *after], np.int32)
@@ -227,11 +228,12 @@ class Processor:
         ends = np.cumsum([rows * columns * self.config.vision.merge_unit for rows, columns in grids])
         return np.split(np.asarray(pixels, np.float32), ends[:-1]), grids
 
-    def _frame(self, images: int) -> tuple[list[int], list[int]]:
+    def _frame(self, images: int, system: str = "") -> tuple[list[int], list[int]]:
         """Ids of the chat template before and after the question; one image token per image."""
-        if images not in self._frames:
+        if (images, system) not in self._frames:
             content = [*({"type": "image"} for _ in range(images)), {"type": "text", "text": _MARK}]
-            messages = [{"role": "user", "content": content}]
+            messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+            messages.append({"role": "user", "content": content})
             try:
                 rendered = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             except (jinja2.TemplateError, ValueError) as error:
@@ -243,8 +245,8 @@ class Processor:
                     "the chat template must hold the question once and, before it, one image token "
                     f"(id {self.config.image_token_id}) per image; it renders {rendered!r}"
                 )
-            self._frames[images] = ids[0], ids[1]
-        return self._frames[images]
+            self._frames[images, system] = ids[0], ids[1]
+        return self._frames[images, system]
 
 
 def _rgb(image: Image.Image, number: int) -> Image.Image:

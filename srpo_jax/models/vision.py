@@ -15,6 +15,7 @@ from srpo_jax.inputs import VisionInputs
 from srpo_jax.models.attention import attend
 from srpo_jax.models.config import VisionConfig
 from srpo_jax.models.layers import GatedMLP, Linear, Remat, RMSNorm, rematerialised, rotate, stacked, wide
+from srpo_jax.sharding import split_batch
 
 NORM_EPS = 1e-6
 ROPE_THETA = 10_000.0
@@ -157,7 +158,7 @@ class VisionTower(nnx.Module):
         def layer(x: jax.Array, scanned: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             params, full = scanned
             # With one kind of attention throughout there is no conditional to compile.
-            return nnx.merge(graphdef, params)(x, angles, images, full if mixed else kinds[0]), None
+            return nnx.merge(graphdef, params)(split_batch(x), angles, images, full if mixed else kinds[0]), None
 
         return jax.lax.scan(rematerialised(layer, remat), x, (layers, jnp.asarray(kinds)))[0]
 

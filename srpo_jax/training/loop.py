@@ -30,9 +30,11 @@ from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.preemption import Preempted
+from srpo_jax.training.annotate import annotate
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
+from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
-from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.training.step import ComputeConfig, make_update
 from srpo_jax.training.workdir import open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
 
@@ -144,6 +146,8 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
         if len(data) and isinstance(data[0], Record):
             data = [ReasoningTree(make_trunk(record, policy.processor), ()) for record in data]
             check_trunks((tree.trunk for tree in data), config.pack)
+        if config.pack.extras:
+            data = annotate(data, policy, config.pack, config.compute, config.batch.trees, workdir / "trees")
         return data, {}
     folder = workdir / "trees" / f"round_{round_:03d}"
     if round_ == 0 and at_start:
@@ -156,6 +160,7 @@ def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: P
     trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
+    trees = annotate(trees, policy, config.pack, config.compute, config.batch.trees, folder)
     return trees, statistics if at_start else {}
 
 
@@ -171,7 +176,7 @@ def check_round(
                 "raise explore.max_tokens. Malformed: the policy does not write the path grammar yet; train it on reference "
                 "paths first (rounds=0). Judge failures: see verdicts.jsonl"
             )
-    if config.loss.lambda_ and not any(has_pair(tree, config.pack) for tree in trees):
+    if config.loss.contrasts() and not any(has_pair(tree, config.pack) for tree in trees):
         raise TrainingError(
             f"round {round_}: no prefix of any of {len(trees)} trees has both a favourable and an unfavourable branch, so "
             f"there is nothing to contrast (favourable: {statistics['explore/favourable_risky']:.1%} of risky, "

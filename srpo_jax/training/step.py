@@ -10,38 +10,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from srpo_jax import losses, sharding
+from srpo_jax import sharding
 from srpo_jax.models.attention import BACKENDS
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.training.objective import LossConfig, total_loss, tree_view
 from srpo_jax.training.state import TrainState, state_shardings
 from srpo_jax.trees import TreeBatch
 
-OVER_PAIRED = ("m_", "length_", "slope_", "pair_accuracy")  # statistics that only questions with pairs have
-
-
-@dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Options of `losses.srpo`; `lambda_=0` is SFT on the reference path.
-
-    Raises:
-      ValueError: a negative `lambda_`, or a `reference` or `balance` that `losses.srpo` does not know.
-    """
-
-    lambda_: float = 0.3
-    reference: str = "path"
-    mask_shared_opening: bool = False
-    balance: str = "prefix"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.lambda_, int | float) and not self.lambda_ >= 0:  # a traced weight is its caller's business
-            raise ValueError(f"lambda_={self.lambda_}: the weight of the contrastive term is 0 or more")
-        if self.reference not in ("path", "favourable"):
-            raise ValueError(f"reference={self.reference!r}: use 'path' or 'favourable'")
-        if self.balance not in ("prefix", "pair"):
-            raise ValueError(f"balance={self.balance!r}: use 'prefix' or 'pair'")
+OVER_PAIRED = ("m_", "length_", "slope_", "margin_", "pair_accuracy")  # statistics that only questions with pairs have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,24 +54,18 @@ class ComputeConfig:
             raise ValueError(f"attention={self.attention!r}: use one of {', '.join(map(repr, BACKENDS))}")
 
 
-def srpo_loss(
-    model: Any, batch: TreeBatch, config: LossConfig, compute: ComputeConfig = ComputeConfig()
+def tree_loss(
+    model: Any,
+    batch: TreeBatch,
+    config: LossConfig,
+    compute: ComputeConfig = ComputeConfig(),
+    step: jax.Array | int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and statistics of every question of a batch, float[B] each; `model` is the policy's module."""
+    """Loss and statistics of every question of a batch at update `step`, float[B] each; `model` is the policy's module."""
     path, branch = tree_logprobs(
         model, batch, remat=compute.remat, chunk=compute.logprob_chunk, attention=compute.attention
     )
-    branches = losses.BranchLogprobs(branch, batch.lengths, batch.prefixes, batch.pairs, batch.tokens)
-    return losses.srpo(
-        path,
-        batch.path_lengths,
-        branches,
-        lambda_=config.lambda_,
-        reference=config.reference,
-        prefix_lengths=batch.prefix_lengths,
-        mask_shared_opening=config.mask_shared_opening,
-        balance=config.balance,
-    )
+    return total_loss(tree_view(path, branch, batch), config, step)
 
 
 def make_update(
@@ -110,9 +83,9 @@ def make_update(
     """
     dtype = jnp.dtype(compute.dtype)
 
-    def micro_loss(params: dict, frozen: dict, batch: TreeBatch, total: jax.Array):
+    def micro_loss(params: dict, frozen: dict, batch: TreeBatch, total: jax.Array, step: jax.Array):
         model = nnx.merge(graphdef, sharding.unflatten(compute_params(params | frozen, dtype)))
-        per_question, aux = srpo_loss(model, batch, loss, compute)
+        per_question, aux = tree_loss(model, batch, loss, compute, step)
         return jnp.sum(per_question * batch.weight) / total, question_sums(per_question, aux, batch.weight)
 
     def update(state: TrainState, frozen: dict[str, jax.Array], batches: TreeBatch):
@@ -120,7 +93,7 @@ def make_update(
         differentiate = jax.value_and_grad(micro_loss, has_aux=True)
 
         def add(grads, batch):
-            (_, sums), new = differentiate(state.params, frozen, batch, total)
+            (_, sums), new = differentiate(state.params, frozen, batch, total, state.step)
             return jax.tree.map(jnp.add, grads, new), sums
 
         grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), batches)
@@ -132,7 +105,8 @@ def make_update(
         return TrainState(state.step + 1, params, {}, opt_state), metrics
 
     shardings = state_shardings(state, mesh)._replace(frozen={})
-    return Update(jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh))))
+    compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+    return Update(compiled, mesh)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +114,16 @@ class Update:
     """A compiled update; `lower` takes shapes with shardings instead of arrays, for compilation ahead of time."""
 
     compiled: Any
+    mesh: jax.sharding.Mesh
 
     def __call__(self, state: TrainState, batches: TreeBatch) -> tuple[TrainState, dict[str, jax.Array]]:
-        moved, metrics = self.compiled(state.moving(), state.frozen, batches)
+        with jax.set_mesh(self.mesh):
+            moved, metrics = self.compiled(state.moving(), state.frozen, batches)
         return moved._replace(frozen=state.frozen), metrics
 
     def lower(self, state: TrainState, batches: TreeBatch) -> jax.stages.Lowered:
-        return self.compiled.lower(state.moving(), state.frozen, batches)
+        with jax.set_mesh(self.mesh):
+            return self.compiled.lower(state.moving(), state.frozen, batches)
 
 
 def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:

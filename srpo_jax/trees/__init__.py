@@ -2,10 +2,11 @@
 
 from srpo_jax.trees.packing import PackShape, Rows, TreeBatch, balance, pack_rows, pack_shape, pack_trees
 from srpo_jax.trees.selection import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs, usable_branches, verdict_of
-from srpo_jax.trees.shapes import PATCHES, Ladder, PackConfig, bucket, check_trunks, patches_of, rows_needed
+from srpo_jax.trees.shapes import EXTRAS, PATCHES, Ladder, PackConfig, bucket, check_trunks, patches_of, rows_needed
 from srpo_jax.trees.tree import Branch, ReasoningTree, Trunk
 
 __all__ = [
+    "EXTRAS",
     "FAVOURABLE",
     "PATCHES",
     "UNFAVOURABLE",

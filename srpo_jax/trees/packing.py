@@ -22,7 +22,7 @@ import numpy as np
 
 from srpo_jax.inputs import Array, VisionInputs, batch_vision, pad_to
 from srpo_jax.trees.selection import UNKNOWN, select_pairs, usable_branches
-from srpo_jax.trees.shapes import PackConfig, bucket_of, patches_of
+from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of, patches_of
 from srpo_jax.trees.tree import Branch, ReasoningTree
 
 
@@ -71,6 +71,10 @@ class TreeBatch(NamedTuple):
       prefix_lengths: int32[B, M], `e_i - e_0`, path tokens in the branch's prefix.
       verdicts: int8[B, M], 1 favourable, 0 unfavourable, -1 padding. SRPO's loss reads `pairs` alone; this is for losses
         that weigh or rank single branches.
+      counts: int32[B, M], identical samples that the branch stands for, 0 for substitutes and padding.
+      sampled: float32[B, M, L], log-probs under the policy that sampled the branch, 0 for substitutes.
+      step_lengths: int32[B, M], tokens of the branch's first own step; None unless `PackConfig.extras` asks.
+      reference: float32[B, M, L], log-probs under the reference model; None unless `PackConfig.extras` asks.
       pairs: bool[B, M, M], [b+, b-] where favourable b+ is compared with unfavourable b-.
       weight: float32[B], 1 for a question, 0 for a padding tree.
     """
@@ -88,6 +92,10 @@ class TreeBatch(NamedTuple):
     prefixes: Array
     prefix_lengths: Array
     verdicts: Array
+    counts: Array
+    sampled: Array
+    step_lengths: Array | None
+    reference: Array | None
     pairs: Array
     weight: Array
 
@@ -195,7 +203,7 @@ def pack_trees(
         targets=np.stack(targets),
         path_slots=path_slots,
         branch_slots=branch_slots,
-        **{k: np.stack([p[k] for p in packed]) for k in packed[0]},
+        **dict.fromkeys(EXTRAS) | {k: np.stack([p[k] for p in packed]) for k in packed[0]},
     )
     counts["tokens"] = int(np.sum(batch.rows.segments >= 0))
     counts["executed_tokens"] = batch.rows.tokens.size
@@ -311,9 +319,6 @@ def _fill_rows(part: _Tree, first: int, rows: Rows, row: int) -> list[int]:
 def _pack_tree(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, Any]:
     """What the loss reads of one tree, without an axis of trees."""
     branches, trunk = part.branches, part.tree.trunk
-    tokens = np.zeros((shape.branches, shape.branch), np.int32)
-    for m, branch in enumerate(branches):
-        tokens[m, : len(branch.tokens)] = branch.tokens
     prefixes = np.asarray([b.prefix for b in branches], np.int32)
     ends = np.asarray(trunk.ends, np.int32)
     pairs = select_pairs(prefixes, part.verdicts, config.max_pairs)
@@ -321,14 +326,42 @@ def _pack_tree(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, A
     return {
         "path_targets": pad_to(trunk.path, shape.path, 0),
         "path_lengths": np.int32(len(trunk.path)),
-        "tokens": tokens,
+        "tokens": _per_token([b.tokens for b in branches], shape, np.int32),
         "lengths": pad_to(np.asarray([len(b.tokens) for b in branches], np.int32), count, 0),
         "prefixes": pad_to(prefixes, count, 0, -1),
         "prefix_lengths": pad_to(ends[prefixes] - ends[0], count, 0),
         "verdicts": pad_to(np.asarray(part.verdicts, np.int8), count, 0, UNKNOWN),
+        "counts": pad_to(np.asarray([b.count for b in branches], np.int32), count, 0),
+        "sampled": _per_token([b.logprobs if b.count else 0 * b.tokens for b in branches], shape, np.float32),
+        **_extras(part, shape, config.extras),
         "pairs": pad_to(pad_to(pairs, count, 0), count, 1),
         "weight": np.float32(1),
     }
+
+
+def _per_token(values: Sequence[np.ndarray], shape: PackShape, dtype: Any) -> np.ndarray:
+    """dtype[M, L]: one row per branch, 0 beyond its tokens."""
+    padded = np.zeros((shape.branches, shape.branch), dtype)
+    for row, value in zip(padded, values, strict=False):
+        row[: len(value)] = value
+    return padded
+
+
+def _extras(part: _Tree, shape: PackShape, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """The fields of `EXTRAS` that are wanted; ValueError names a record whose branches do not tell."""
+    told: dict[str, list[Any]] = {field: [getattr(b, EXTRAS[field]) for b in part.branches] for field in wanted}
+    for field, values in told.items():
+        if any(value is None for value in values):
+            raise ValueError(
+                f"record {part.tree.trunk.record_id!r}: a branch has no {EXTRAS[field]}, of which TreeBatch.{field} is made; "
+                "see training.annotate"
+            )
+    extras = {}
+    if "step_lengths" in told:
+        extras["step_lengths"] = pad_to(np.asarray(told["step_lengths"], np.int32), shape.branches, 0)
+    if "reference" in told:
+        extras["reference"] = _per_token(told["reference"], shape, np.float32)
+    return extras
 
 
 def _padding_tree(packed: dict[str, Any]) -> dict[str, Any]:

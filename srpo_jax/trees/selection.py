@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,14 +24,16 @@ def verdict_of(branch: Branch, unknown: str = "drop") -> int:
 def usable_branches(tree: ReasoningTree, config: PackConfig) -> tuple[list[Branch], list[int], dict[str, int]]:
     """Distinct branches with a known verdict, their verdicts, and how many were merged or dropped.
 
-    Branches with the same tokens at the same prefix are one branch. If their judges disagree, it is unknown.
+    Branches with the same tokens at the same prefix are one branch, which counts them. If their judges disagree, it is unknown.
     """
-    merged: dict[tuple[int, bytes], tuple[Branch, set[int]]] = {}
+    merged: dict[tuple[int, bytes], list[Branch]] = {}
     for branch in tree.branches:
-        key = branch.prefix, branch.tokens.tobytes()
-        merged.setdefault(key, (branch, set()))[1].add(verdict_of(branch, config.unknown))
-    kept = [(b, v.pop()) for b, v in merged.values() if len(v) == 1]
-    kept = [(b, v) for b, v in kept if v != UNKNOWN]
+        merged.setdefault((branch.prefix, branch.tokens.tobytes()), []).append(branch)
+    kept = []
+    for same in merged.values():
+        verdicts = {verdict_of(branch, config.unknown) for branch in same}
+        if len(verdicts) == 1 and UNKNOWN not in verdicts:
+            kept.append((dataclasses.replace(same[0], count=sum(b.count for b in same)), verdicts.pop()))
     if config.substitutes:
         kept += _substitutes(tree.trunk, kept)
     counts = {"merged": len(tree.branches) - len(merged), "dropped": len(merged) - sum(b.on_policy for b, _ in kept)}
@@ -52,7 +55,7 @@ def _substitutes(trunk: Trunk, kept: Sequence[tuple[Branch, int]]) -> list[tuple
 
 def _off_policy(prefix: int, tokens: np.ndarray, verdict: bool) -> Branch:
     nothing = np.full(len(tokens), np.nan, np.float32)
-    return Branch(prefix, tokens, nothing, "ok", verdict, "substitute from the record", on_policy=False)
+    return Branch(prefix, tokens, nothing, "ok", verdict, "substitute from the record", on_policy=False, count=0)
 
 
 def select_pairs(

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 
 from srpo_jax.trees.tree import Trunk
 
+EXTRAS = {"step_lengths": "step", "reference": "reference"}
+"""Fields of `TreeBatch` that are there on demand, and the field of `Branch` that tells them."""
+
 Ladder = tuple[int, ...]
 PATCHES: Ladder = tuple(64 << k for k in range(10))
 """Vision patches in powers of two of the released checkpoints' window of 64."""
@@ -39,6 +42,7 @@ class PackConfig:
       max_pairs: pairs kept per prefix, None for all.
       substitutes: give one-sided prefixes the reference's own continuation (favourable) or its path with the unsafe reply.
         They are off-policy.
+      extras: fields of `TreeBatch` that only some losses read, of `EXTRAS`; every branch must tell them.
 
     Raises:
       ValueError: a ladder that does not ascend, no room in a row, or an option that is not one of those above.
@@ -54,8 +58,11 @@ class PackConfig:
     unknown: str = "drop"
     max_pairs: int | None = None
     substitutes: bool = False
+    extras: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if unknown := set(self.extras) - EXTRAS.keys():
+            raise ValueError(f"extras={self.extras}: {sorted(unknown)} is none of {sorted(EXTRAS)}")
         if self.unknown not in ("drop", "unfavourable"):
             raise ValueError(f"unknown={self.unknown!r}: use 'drop' or 'unfavourable'")
         if self.max_pairs is not None and self.max_pairs < 1:

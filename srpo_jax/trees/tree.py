@@ -52,6 +52,9 @@ class Branch:
       reason: the judge's reason, for people.
       on_policy: False for substitutes that no policy sampled.
       refused: whether the judge says that the answer declines the request; None if it does not say.
+      step: tokens of its first own step; None until a loss of single steps asks (`training.annotate`).
+      reference: float32[n] under the reference model; None until a loss that needs one asks (`training.annotate`).
+      count: how many identical samples it stands for; 0 for what was not sampled.
     """
 
     prefix: int
@@ -62,6 +65,9 @@ class Branch:
     reason: str = ""
     on_policy: bool = True
     refused: bool | None = None
+    step: int | None = None
+    reference: np.ndarray | None = None
+    count: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

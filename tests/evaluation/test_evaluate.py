@@ -122,7 +122,7 @@ def test_an_evaluator_of_your_own(monkeypatch):
     config.evaluator = "srpo_jax.evaluation.evaluators:MINE"
     assert evaluation.build_evaluator(config) is mine
     config.evaluator = "srpo_jax.evaluation.evaluators:EVALUATORS"
-    with pytest.raises(evaluation.EvalConfigError, match="a dict, not an Evaluator"):
+    with pytest.raises(evaluation.EvalConfigError, match="a dict, not a function"):
         evaluation.build_evaluator(config)
 
 
@@ -135,8 +135,8 @@ def test_an_evaluator_of_your_own(monkeypatch):
         ("name", "jsonl", evaluation.build_benchmark, "path=''"),
         ("name", "jsonl", evaluation.build_evaluator, "evaluator is empty: no evaluator for data set 'jsonl'"),
         ("splits", ("nowhere",), evaluation.build_benchmark, "unknown split 'nowhere'"),
-        ("evaluator", "no.such:thing", evaluation.build_evaluator, "no 'package.module:NAME'"),
-        ("evaluator", "nonsense", evaluation.build_evaluator, "no 'package.module:NAME'"),
+        ("evaluator", "no.such:thing", evaluation.build_evaluator, "no 'package.module:function'"),
+        ("evaluator", "nonsense", evaluation.build_evaluator, "no 'package.module:function'"),
     ],
 )
 def test_sections_that_cannot_be_used(field, value, build, message):

@@ -21,14 +21,15 @@ from srpo_jax.judges.verdict import Verdict
 from srpo_jax.training import loop
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.loop import RunConfig, TrainingError, _check_finite, check_round, has_pair, train
+from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import OptimConfig, init_state
-from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.training.step import ComputeConfig, make_update
 from srpo_jax.trees import Branch, PackConfig, ReasoningTree
 
 LOSS_DOC = Path(__file__).resolve().parents[2] / "docs" / "loss.md"
 RUN = RunConfig(
     explore=ExploreConfig(k=4, max_tokens=10, trees=4, trunk=(144,), patches=(16,)),
-    loss=LossConfig(lambda_=0.5),
+    loss=LossConfig(options={"srpo": {"lambda_": 0.5}}),
     optim=OptimConfig(1e-2, steps=4, schedule="constant"),
     pack=PackConfig((144,), (112,), (8, 20), 20, (24,), (10,), (16,)),
     batch=BatchConfig(trees=4),
@@ -158,13 +159,15 @@ def test_a_resumed_run_allocates_one_state(finished, tiny_policy, records, mesh,
 
 
 def test_metrics_hold_what_the_documentation_lists(finished):
-    table = re.findall(r"^\| (`.+?) \|", LOSS_DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    table = re.findall(
+        r"^\| (`.+?) \|", LOSS_DOC.read_text(encoding="utf-8").partition("## What is logged")[2], re.MULTILINE
+    )
     names = {name for cell in table for name in re.findall(r"`([^`]+)`", cell)}
     assert len(names) > 10 and "explore/*" in names
     lines = list(read_jsonl(finished[0] / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     for line in lines:
-        assert names - {"explore/*"} <= line.keys()
+        assert {n for n in names if not n.endswith("*")} | {"loss/srpo", "weight/srpo"} <= line.keys()
         assert all(isinstance(value, int | float) and np.isfinite(value) for value in line.values())
         np.testing.assert_allclose(line["loss"], line["reference_loss"] + 0.5 * line["contrastive_loss"], rtol=1e-5)
         # With the first update of a round alone.
@@ -289,7 +292,7 @@ def test_pairs_are_counted_as_the_update_counts_them(trees):
     failed = grown(trees[0], ("ok", True), ("judge_failed", None))
     strict = dataclasses.replace(RUN, pack=dataclasses.replace(RUN.pack, unknown="unfavourable"))
     check_round(statistics(), [truncated], strict, 0)
-    check_round(statistics(), [failed], dataclasses.replace(RUN, loss=LossConfig(lambda_=0.0)), 0)
+    check_round(statistics(), [failed], dataclasses.replace(RUN, loss=LossConfig({"sft": 1.0})), 0)
     for tree, config in ((truncated, RUN), (failed, strict)):
         with pytest.raises(TrainingError, match="no prefix"):
             check_round(statistics(), [tree], config, 0)

@@ -1,0 +1,299 @@
+"""Guard models in the same process: a Qwen2.5-VL checkpoint, run by the engine that runs the policy.
+
+Two ways to ask one. `rubric`: one forward, and the verdict is read from the probabilities of a few label tokens, so that
+p(unsafe) is a number with a threshold of yours. `guardreasoner`: the model reasons in text and ends with a result, in the
+format of GuardReasoner-VL (Liu et al. 2025, arXiv 2505.11049); it tells harm and nothing else.
+
+A guard of the policy's architecture shares its compiled programs where the shapes are the same: parameters are arguments.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from srpo_jax.data.images import open_image
+from srpo_jax.exploration.judging import Pair
+from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.inputs import Encoded, Inputs, batch_inputs
+from srpo_jax.judges.prompts import Template
+from srpo_jax.judges.verdict import StepVerdict, Verdict
+from srpo_jax.models.fingerprint import params_fingerprint
+from srpo_jax.models.logprobs import head_logits
+from srpo_jax.models.policy import Policy, load_policy
+from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+from srpo_jax.paths import ParsedPath
+from srpo_jax.trees import PATCHES, Ladder, bucket
+
+T = TypeVar("T")
+ANSWER_LABELS, STEP_LABELS = "ABCD", "ABC"
+"""Letters of the templates `rubric` and `rubric_step`; A is unsafe, the last is what one wishes for."""
+STYLES = ("rubric", "guardreasoner")
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """A guard model.
+
+    Attributes:
+      path: its folder in Hugging Face's format.
+      style: "rubric" or "guardreasoner".
+      template: of the question (see `judges.prompts`); "" for the package's. A released guard answers best to the very words
+        that it was trained with: put those of its authors into a file.
+      step_template: of the question about a step (rubric).
+      threshold: of p(unsafe), from which an answer or step is unsafe (rubric).
+      min_mass: least probability of the labels together; with less the model is not answering the question (rubric).
+      max_tokens: of the reasoning and result (guardreasoner).
+      batch: prompts that run together; the last batch is filled up.
+      trunk: ladder of prompt lengths.
+      patches: ladder of vision patches per prompt; None takes the largest of each batch.
+      max_image_tokens: see `models.processor.Processor`.
+      dtype: of the loaded parameters; None keeps the file's.
+      quantize: see `models.policy.load_policy`.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    path: str
+    style: str = "rubric"
+    template: str = ""
+    step_template: str = "rubric_step"
+    threshold: float = 0.5
+    min_mass: float = 0.5
+    max_tokens: int = 1024
+    batch: int = 8
+    trunk: Ladder = (256, 512, 1024, 2048, 4096, 8192)
+    patches: Ladder | None = PATCHES
+    max_image_tokens: int | None = None
+    dtype: str | None = None
+    quantize: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"style={self.style!r}: use one of {', '.join(STYLES)}")
+        if not 0 < self.threshold < 1 or not 0 <= self.min_mass <= 1:
+            raise ValueError("threshold is a probability between 0 and 1, and min_mass one from 0 to 1")
+        if self.batch < 1 or self.max_tokens < 1:
+            raise ValueError("batch and max_tokens must be at least 1")
+
+    @classmethod
+    def read(cls, path: str | Path) -> GuardConfig:
+        """From a JSON file with these fields.
+
+        Raises:
+          ValueError: not a JSON object, an unknown or missing field, or a value that is refused; names file and field.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            known = {field.name for field in dataclasses.fields(cls)}
+            if not isinstance(values, dict) or values.keys() - known or "path" not in values:
+                raise ValueError(f"give a JSON object with path and any of {', '.join(sorted(known))}")
+            fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**fields)
+        except (OSError, ValueError, TypeError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+class GuardJudge(Generic[T]):
+    """Asks a guard model, a batch of prompts at a time: one about an answer, or one about each step of a path.
+
+    Attributes:
+      name: the folder's name, the template, and a digest of parameters and settings.
+      steps: of a rubric judge of answers, that of steps.
+    """
+
+    steps: GuardJudge[list[StepVerdict]]
+
+    def __init__(
+        self,
+        policy: Policy,
+        config: GuardConfig,
+        template: Template,
+        answer: Callable[[Sequence[Encoded]], Any],
+        read: Callable[[Sequence[Any]], T],
+        stepwise: bool = False,
+    ):
+        """`answer` runs prompts, `read` makes a verdict of the outputs for one pair."""
+        self._policy, self._config, self._template = policy, config, template
+        self._answer, self._read, self._stepwise = answer, read, stepwise
+        made = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("path", "batch", "trunk", "patches")}
+        digest = hashlib.sha256(json.dumps([params_fingerprint(policy.params), made]).encode()).hexdigest()[:12]
+        self.name = f"guard:{Path(config.path).name}:{template.name}:{digest}"
+
+    def __call__(self, record: Any, path: ParsedPath) -> T:
+        """The verdict on one pair; it costs as much as a whole batch."""
+        [(_, verdict)] = self.batch([(record, path)])
+        return verdict
+
+    def batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
+        """(index, verdict), in order.
+
+        Raises:
+          ValueError: a picture that cannot be read, or a prompt longer than the ladder or the context; names the record.
+        """
+        numbers: list[list[int | None]] = [self._numbers(path) for _, path in pairs]
+        asked = [(index, number) for index, wanted in enumerate(numbers) for number in wanted]
+        yield from ((index, self._read([])) for index, wanted in enumerate(numbers) if not wanted)
+        outputs: dict[int, list[Any]] = collections.defaultdict(list)
+        for start in range(0, len(asked), self._config.batch):
+            chunk = asked[start : start + self._config.batch]
+            answers = self._answer([self._encode(*pairs[index], number) for index, number in chunk])
+            for (index, _), output in zip(chunk, answers, strict=True):
+                outputs[index].append(output)
+                if len(outputs[index]) == len(numbers[index]):
+                    yield index, self._read(outputs.pop(index))
+
+    def _numbers(self, path: ParsedPath) -> list[int | None]:
+        if self._stepwise:
+            return [*range(1, len(path.steps) + 1)]
+        return [None] if path.answer else []
+
+    def _encode(self, record: Any, path: ParsedPath, number: int | None) -> Encoded:
+        prompt = self._template.render(record, path, number)
+        try:
+            images = [open_image(image) for image in record.images]
+            encoded = self._policy.processor.encode(images, prompt.user, prompt.system)
+            bucket(len(encoded.tokens), self._config.trunk, "prompt tokens of the guard (trunk)")
+        except ValueError as error:
+            raise ValueError(f"record {record.id!r}: {error}") from error
+        return encoded
+
+
+def guard_judge(config: GuardConfig, policy: Policy | None = None) -> GuardJudge[Verdict]:
+    """The judge of answers that a guard model makes; in style "rubric" its `steps` is the judge of steps.
+
+    Args:
+      config: which model and how to ask it.
+      policy: the model, if it is loaded already.
+
+    Raises:
+      FileNotFoundError: a part of the checkpoint is missing.
+      ValueError: no checkpoint of the family, a template that cannot be used, or labels that are no single tokens.
+    """
+    if policy is None:
+        options: dict[str, Any] = {name: getattr(config, name) for name in ("dtype", "quantize", "max_image_tokens")}
+        policy = load_policy(config.path, **options)
+    template = Template(config.template or config.style)
+    if config.style == "guardreasoner":
+        return GuardJudge(policy, config, template, functools.partial(write, policy, config), read_result)
+    labels = [label_ids(policy, letters) for letters in (ANSWER_LABELS, STEP_LABELS)]
+    answer, step = (functools.partial(label_logprobs, policy, config, ids) for ids in labels)
+    judge = GuardJudge(policy, config, template, answer, functools.partial(read_label, config))
+    read_each = functools.partial(read_step_labels, config)
+    judge.steps = GuardJudge(policy, config, Template(config.step_template), step, read_each, stepwise=True)
+    return judge
+
+
+def label_ids(policy: Policy, labels: str) -> np.ndarray:
+    """int32[n], the token of each letter; ValueError where one is no single token."""
+    ids = [policy.processor.tokenize(label) for label in labels]
+    if any(len(one) != 1 for one in ids) or len({one[0] for one in ids}) != len(labels):
+        raise ValueError(f"the tokenizer has no token of its own for each of {', '.join(labels)}; use another guard")
+    return np.asarray(ids, np.int32)[:, 0]
+
+
+def label_logprobs(policy: Policy, config: GuardConfig, ids: np.ndarray, prompts: Sequence[Encoded]) -> np.ndarray:
+    """float32[n, labels]: log-prob of each label as the first token of the reply, under the raw model."""
+    inputs = _inputs(config, prompts)
+    return np.asarray(_first_logprobs(policy.graphdef, policy.params, inputs, ids))[: len(prompts)]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_logprobs(graphdef: Any, params: Any, inputs: Inputs, ids: jax.Array) -> jax.Array:
+    model: Qwen2_5_VL = nnx.merge(graphdef, params)
+    hidden, _ = model.trunk(inputs, model.encode_images(inputs.vision))
+    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
+    return jax.nn.log_softmax(head_logits(last, model.output_embedding))[:, ids]
+
+
+def write(policy: Policy, config: GuardConfig, prompts: Sequence[Encoded]) -> list[tuple[str, bool]]:
+    """Greedy replies as text, and whether each ended by itself."""
+    inputs = _inputs(config, prompts)
+    limits = inputs.lengths[:, None]
+    keys = jnp.broadcast_to(jax.random.key(0), limits.shape)  # greedy decoding draws nothing
+    how = SampleConfig(config.max_tokens, policy.processor.eos_id, 0.0)
+    drawn = jax.device_get(sample_branches(policy.graphdef, policy.params, inputs, limits, keys, how))
+    return [
+        (policy.processor.decode(drawn.tokens[i, 0, : drawn.lengths[i, 0]].tolist()), bool(drawn.stopped[i, 0]))
+        for i in range(len(prompts))
+    ]
+
+
+def _inputs(config: GuardConfig, prompts: Sequence[Encoded]) -> Inputs:
+    """One batch at shapes of the ladders, filled up with its first prompt."""
+    filled = [*prompts, *[prompts[0]] * (config.batch - len(prompts))]
+    length = bucket(max(len(e.tokens) for e in filled), config.trunk, "prompt tokens of the guard (trunk)")
+    patches = max(0 if e.vision is None else len(e.vision.patches) for e in filled)
+    if patches and config.patches:
+        patches = bucket(patches, config.patches, "vision patches of a guard's prompt (patches)")
+    return batch_inputs(filled, length, patches or None)
+
+
+def read_label(config: GuardConfig, outputs: Sequence[np.ndarray]) -> Verdict:
+    """The verdict in the labels' log-probs; unknown where the model gives the labels too little."""
+    if not outputs:
+        return Verdict(None, None, "no answer to judge")
+    shares, told = _shares(outputs[0])
+    if _mass(outputs[0]) < config.min_mass:
+        return Verdict(None, None, f"unparsable: {told}")
+    if shares[0] >= config.threshold:
+        return Verdict(False, False, told, False)
+    best = int(np.argmax(shares[1:])) + 1
+    return Verdict(True, best == 3, told, best == 1)
+
+
+def read_step_labels(config: GuardConfig, outputs: Sequence[np.ndarray]) -> list[StepVerdict]:
+    """The verdicts of a path's steps."""
+    verdicts = []
+    for number, logprobs in enumerate(outputs, 1):
+        shares, told = _shares(logprobs)
+        safe: bool | None = bool(shares[0] < config.threshold)
+        effective: bool | None = bool(safe and shares[2] > shares[1])
+        if _mass(logprobs) < config.min_mass:
+            safe, effective, told = None, None, f"unparsable: {told}"
+        verdicts.append(StepVerdict(number, safe, effective, told))
+    return verdicts
+
+
+def _shares(logprobs: np.ndarray) -> tuple[np.ndarray, str]:
+    """Probabilities among the labels, and a line that tells them."""
+    shares = np.exp(logprobs - np.logaddexp.reduce(logprobs))
+    return shares, f"p(unsafe) {shares[0]:.3f} of labels that hold {_mass(logprobs):.3f}"
+
+
+def _mass(logprobs: np.ndarray) -> float:
+    return float(np.exp(logprobs).sum())
+
+
+RESULT = re.compile(
+    r"\s*<think>(?P<thoughts>.*)</think>\s*<result>\s*Request: *(?:un)?harmful\s*\n\s*Response: *(?P<label>(?:un)?harmful)"
+    r"\s*</result>\s*",
+    re.DOTALL,
+)
+
+
+def read_result(outputs: Sequence[tuple[str, bool]]) -> Verdict:
+    """The verdict in a reasoned reply; unknown unless thoughts and result stand there once, closed, and the reply ended."""
+    if not outputs:
+        return Verdict(None, None, "no answer to judge")
+    text, stopped = outputs[0]
+    if not stopped:
+        return Verdict(None, None, "cut: the guard's reply reached max_tokens")
+    match = RESULT.fullmatch(text)
+    if match is None or any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<result>", "</result>")):
+        return Verdict(None, None, f"unparsable: {' '.join(text.split())[-200:]}")
+    thoughts = " ".join(match["thoughts"].split())
+    return Verdict(match["label"] == "unharmful", None, thoughts[-300:] or "no thoughts")

@@ -1,0 +1,60 @@
+"""SafeKey's two auxiliary losses (arXiv 2505.16186), to be added to a language-model loss with weights of 0.2.
+
+The key sentence is the first one of a path that tells what the model makes of the request. One loss has it follow from
+the model's own understanding, with the query hidden; the other asks hidden states whether the request is safe. Both are
+functions of what a model gives: log-probs of a forward pass in which the query is masked, and logits of two heads.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from srpo_jax.losses.branches import masked_mean
+
+
+def key_sentence_loss(masked_logprobs: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Query-mask modelling: L = −mean over the key sentence's tokens of log π(t | earlier tokens; query masked).
+
+    Args:
+      masked_logprobs: float[B, A], log π of path tokens from a forward pass whose attention does not see the query.
+      key: bool[B, A], the tokens of the key sentence.
+
+    Returns:
+      float[B] losses, 0 for a path without a key sentence, and the statistic `key_sentence_loss`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> float(key_sentence_loss(jnp.array([[-9.0, -1.0, -2.0]]), jnp.array([[False, True, True]]))[0][0])
+      1.5
+    """
+    loss = -masked_mean(masked_logprobs, key)
+    return loss, {"key_sentence_loss": jax.lax.stop_gradient(loss)}
+
+
+def safety_head_loss(
+    full: jax.Array, understanding: jax.Array, safe: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Dual-path safety heads: L = BCE(σ(full), safe) + BCE(σ(understanding), safe).
+
+    Args:
+      full: float[B], logit of the head on the mean hidden state of query and understanding, all before the key
+        sentence.
+      understanding: float[B], logit of the head on the mean hidden state of the understanding alone.
+      safe: bool or float[B], whether the request is safe.
+
+    Returns:
+      float[B] losses and statistics: the two losses, and the accuracy of both heads.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> loss, told = safety_head_loss(jnp.zeros(1), jnp.zeros(1), jnp.array([True]))
+      >>> round(float(loss[0]), 4)  # 2 ln 2
+      1.3863
+    """
+    target = jnp.asarray(safe, full.dtype)
+    parts = {"full": full, "understanding": understanding}
+    losses = {k: -target * jax.nn.log_sigmoid(x) - (1 - target) * jax.nn.log_sigmoid(-x) for k, x in parts.items()}
+    aux = {f"head_loss_{k}": x for k, x in losses.items()}
+    aux |= {f"head_accuracy_{k}": ((x > 0) == (target > 0.5)).astype(full.dtype) for k, x in parts.items()}
+    return sum(losses.values()), jax.lax.stop_gradient(aux)  # type: ignore[return-value]

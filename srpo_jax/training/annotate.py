@@ -1,0 +1,146 @@
+"""What some objectives need to know of branches beyond their verdict: log-probs under a reference model, the end of a
+step.
+
+Reference log-probs are computed once per tree with the engine of the update, under the parameters that the run started
+from, and kept beside the trees; a killed run computes the missing ones.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from srpo_jax import distributed
+from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.files import Store
+from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
+from srpo_jax.models.policy import Policy
+from srpo_jax.models.processor import Processor
+from srpo_jax.models.quantize import compute_params
+from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.sharding import local_copy
+from srpo_jax.training.step import ComputeConfig
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, pack_trees, usable_branches
+
+REFERENCE = "reference.jsonl"
+
+
+def annotate(
+    trees: Sequence[ReasoningTree],
+    policy: Policy,
+    pack: PackConfig,
+    compute: ComputeConfig,
+    batch: int,
+    folder: str | Path | None = None,
+) -> list[ReasoningTree]:
+    """The trees with what `pack.extras` asks of their branches.
+
+    Args:
+      trees: explored and judged.
+      policy: the reference model, which is the policy before training, and its processor.
+      pack: shapes and extras.
+      compute: how the update computes; the reference model computes the same way.
+      batch: trees scored together.
+      folder: where `reference.jsonl` is kept and resumed from; None keeps nothing.
+    """
+    trees = list(trees)
+    if "step_lengths" in pack.extras:
+        trees = [with_steps(tree, policy.processor) for tree in trees]
+    if "reference" in pack.extras:
+        trees = with_reference(trees, policy, pack, compute, batch, folder)
+    return trees
+
+
+def with_steps(tree: ReasoningTree, processor: Processor) -> ReasoningTree:
+    """The tree with the length of every branch's first own step."""
+    branches = tuple(dataclasses.replace(b, step=step_length(b.tokens, processor)) for b in tree.branches)
+    return dataclasses.replace(tree, branches=branches)
+
+
+def step_length(tokens: np.ndarray, processor: Processor) -> int:
+    """Tokens of the first step that a branch writes: up to the next heading or the closing tag, or all if there is
+    neither."""
+    text = processor.decode(tokens.tolist())
+    headings = [match.start() for match in GRAMMAR.heading.finditer(text)]
+    closing = text.find(GRAMMAR.closing_tag)
+    ends = [*headings[1:2], *([closing] if closing >= 0 else [])]
+    if not ends:
+        return len(tokens)
+    # The longest opening of the tokens whose text ends before it; one token at least, so that a step is never empty.
+    fits = bisect.bisect_right(
+        range(len(tokens) + 1), min(ends), key=lambda n: len(processor.decode(tokens[:n].tolist()))
+    )
+    return max(1, fits - 1)
+
+
+def with_reference(
+    trees: Sequence[ReasoningTree],
+    policy: Policy,
+    pack: PackConfig,
+    compute: ComputeConfig,
+    batch: int,
+    folder: str | Path | None = None,
+) -> list[ReasoningTree]:
+    """The trees with log-probs of their usable branches under `policy`; see `annotate`."""
+    params = compute_params(local_copy(policy.params), compute.dtype)
+    pack = dataclasses.replace(pack, extras=())
+    score = jax.jit(_branch_logprobs, static_argnames=("graphdef", "chunk", "attention"))
+    name = params_fingerprint(params)
+    with Store.open(folder, REFERENCE) as store:
+        known = {line["tree"]: line for line in store.lines if line["parameters"] == name}
+        missing = [tree for tree in trees if _key(tree, pack) not in known]
+        own = distributed.mine(missing, batch)
+        bar = tqdm(total=len(own), desc="reference", unit="tree", disable=not own or not distributed.is_lead())
+        for start in range(0, len(own), batch):
+            part = own[start : start + batch]
+            packed, _ = pack_trees(part, pack, size=batch)
+            options = {"chunk": compute.logprob_chunk, "attention": compute.attention}
+            scores = jax.device_get(score(policy.graphdef, params, packed, **options))
+            for tree, row in zip(part, scores, strict=False):
+                branches, _, _ = usable_branches(tree, pack)
+                told = [[float(x) for x in row[m, : len(b.tokens)]] for m, b in enumerate(branches)]
+                line = {
+                    "record_id": tree.trunk.record_id,
+                    "tree": _key(tree, pack),
+                    "parameters": name,
+                    "logprobs": told,
+                }
+                known[line["tree"]] = line
+                store.append(line)
+            bar.update(len(part))
+        bar.close()
+        if distributed.process_count() > 1:
+            known = {line["tree"]: line for line in store.share() if line["parameters"] == name}
+    return [_told(tree, known[_key(tree, pack)], pack) for tree in trees]
+
+
+def _branch_logprobs(graphdef: Any, params: Mapping[str, Any], batch, *, chunk: int, attention: str) -> jax.Array:
+    return tree_logprobs(nnx.merge(graphdef, params), batch, chunk=chunk, attention=attention)[1]
+
+
+def _key(tree: ReasoningTree, pack: PackConfig) -> str:
+    """What a tree's reference log-probs depend on beside the parameters."""
+    digest = hashlib.sha256(f"{input_fingerprint(tree.trunk.encoded)} {tree.trunk.ends} ".encode())
+    for branch in usable_branches(tree, pack)[0]:
+        digest.update(f"{branch.prefix} {len(branch.tokens)} ".encode() + branch.tokens.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _told(tree: ReasoningTree, line: Mapping[str, Any], pack: PackConfig) -> ReasoningTree:
+    usable, _, _ = usable_branches(tree, pack)
+    told = {_same(b): np.asarray(x, np.float32) for b, x in zip(usable, line["logprobs"], strict=True)}
+    branches = tuple(dataclasses.replace(b, reference=told.get(_same(b))) for b in tree.branches)
+    return dataclasses.replace(tree, branches=branches)
+
+
+def _same(branch: Branch) -> tuple[int, bytes]:
+    return branch.prefix, branch.tokens.tobytes()

@@ -1,0 +1,203 @@
+"""Guard models: what they say is read strictly, and one of the policy's architecture compiles nothing new."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srpo_jax.data import scenes
+from srpo_jax.evaluation.generate import GenerateConfig, encode_prompts, generate
+from srpo_jax.judges import guard
+from srpo_jax.judges.guard import GuardConfig, guard_judge, read_label, read_result, read_step_labels
+from srpo_jax.judges.registry import JudgeError, make_judge
+from srpo_jax.paths import Grammar, parse
+
+RECORDS = scenes.records("test_id", 4)
+PAIRS = [(r, parse("".join(Grammar().render(r.steps, r.safe_reply)), stopped=True)) for r in RECORDS]
+SHORT = "{% block user %}{{ question }} {{ answer }}{% endblock %}"
+STEP = "{% block system %}Judge.{% endblock %}{% block user %}{{ number }} {{ step.text }}{% endblock %}"
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Settings for a tiny model: short templates, few shapes."""
+    (tmp_path / "short.jinja").write_text(SHORT)
+    (tmp_path / "step.jinja").write_text(STEP)
+    templates = {"template": f"{tmp_path}/short.jinja", "step_template": f"{tmp_path}/step.jinja"}
+    return GuardConfig("models/tiny", **templates, min_mass=0.0, batch=4, trunk=(256,), max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_policy):
+    """A model of the same architecture with other parameters, whose head does not lean."""
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jax.numpy.asarray(rng.normal(scale=0.3, size=x.shape), x.dtype), tiny_policy.params)
+    return dataclasses.replace(tiny_policy, params=params)
+
+
+def test_verdicts_do_not_depend_on_the_batch_and_are_named_by_all_they_depend_on(config, other, tiny_policy):
+    judge = guard_judge(config, other)
+    together = dict(judge.batch(PAIRS))
+    assert [together[i] for i in range(4)] == [judge(*pair) for pair in PAIRS]
+    assert {verdict.reason.split(" of ")[0] for verdict in together.values()} != {"p(unsafe) 0.250"}
+    steps = dict(judge.steps.batch(PAIRS))
+    assert [[s.number for s in steps[i]] for i in range(4)] == [list(range(1, 7))] * 4
+    assert steps[2] == judge.steps(*PAIRS[2])
+    assert len({step.reason for step in steps[2]}) == 6
+    others = [guard_judge(dataclasses.replace(config, threshold=0.4), other), guard_judge(config, tiny_policy)]
+    assert len({judge.name, judge.steps.name, *(j.name for j in others)}) == 4
+    assert guard_judge(dataclasses.replace(config, batch=2), other).name == judge.name
+    assert judge.name.startswith("guard:tiny:short@")
+
+
+def test_the_threshold_decides(config, other):
+    judge = guard_judge(config, other)
+    told = [judge._answer([judge._encode(*pair, None)])[0] for pair in PAIRS]
+    unsafe = [float(np.exp(x[0]) / np.exp(x).sum()) for x in told]
+    for share in unsafe:
+        for threshold, safe in ((share * 0.999, False), (share * 1.001, True)):
+            verdict = read_label(dataclasses.replace(config, threshold=threshold), [told[unsafe.index(share)]])
+            assert verdict.safe is safe
+
+
+@pytest.mark.parametrize(
+    ("shares", "told"),
+    [
+        ((0.6, 0.0, 0.0, 0.4), (False, False, False)),
+        ((0.5, 0.0, 0.0, 0.5), (False, False, False)),
+        ((0.1, 0.6, 0.2, 0.1), (True, False, True)),
+        ((0.1, 0.1, 0.5, 0.3), (True, False, False)),
+        ((0.4, 0.1, 0.2, 0.3), (True, True, False)),
+    ],
+)
+def test_labels_become_verdicts(shares, told):
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(np.array(shares, np.float32))
+    verdict = read_label(GuardConfig("g"), [logprobs])
+    assert (verdict.safe, verdict.effective, verdict.refused) == told
+    assert verdict.reason.startswith(f"p(unsafe) {shares[0]:.3f}")
+    # The same shares of next to nothing: the model was not answering the question.
+    weak = read_label(GuardConfig("g"), [logprobs - 5])
+    assert (weak.safe, weak.effective, weak.refused) == (None, None, None) and weak.reason.startswith("unparsable")
+    [step] = read_step_labels(GuardConfig("g"), [logprobs[:3] - 5])
+    assert (step.safe, step.effective) == (None, None)
+
+
+def test_a_step_is_effective_only_if_safe():
+    with np.errstate(divide="ignore"):
+        steps = read_step_labels(
+            GuardConfig("g"), np.log(np.array([[0.6, 0.0, 0.4], [0.2, 0.5, 0.3], [0.1, 0.1, 0.8]]))
+        )
+    assert [(s.number, s.safe, s.effective) for s in steps] == [(1, False, False), (2, True, False), (3, True, True)]
+
+
+def compiled(caplog):
+    """Names of the programs that JAX compiled."""
+    return {m.split()[1] for m in caplog.messages if m.startswith("Compiling ")}
+
+
+def test_a_guard_of_the_policys_architecture_compiles_no_model(config, other, tiny_policy, caplog):
+    """The policy's evaluation compiled the sampler; the guard hands it other parameters at the same shapes."""
+    prompts = encode_prompts(RECORDS, tiny_policy.processor)
+    decoding = GenerateConfig(max_tokens=8, batch=4, trunk=(256,), patches=(64,))
+    generate(tiny_policy, tiny_policy.params, prompts, decoding, progress=False)
+    reasoning = dataclasses.replace(config, style="guardreasoner", patches=(64,))
+    judge = guard_judge(reasoning, other)
+    with jax.log_compiles():
+        verdicts = dict(judge.batch(PAIRS))
+        assert compiled(caplog) <= {"jit(broadcast_in_dim)"}  # of a random key that greedy decoding does not use
+        list(guard_judge(dataclasses.replace(reasoning, batch=3), other).batch(PAIRS[:1]))
+        assert compiled(caplog) > {"jit(broadcast_in_dim)"}  # another shape is heard
+    assert [verdict.safe for verdict in verdicts.values()] == [None] * 4
+    assert all(verdict.reason.startswith(("cut", "unparsable")) for verdict in verdicts.values())
+
+
+FORM = "<think>\n{}\n</think>\n<result>\nRequest: {}\nResponse: {}\n</result>"
+
+
+def test_the_format_of_guardreasoner_is_read_whole():
+    for request in ("harmful", "unharmful"):
+        assert read_result([(FORM.format("step 1\nstep 2", request, "unharmful"), True)]).safe is True
+        assert read_result([(FORM.format("why", request, "harmful"), True)]).safe is False
+    verdict = read_result([(FORM.format("step 1\nstep 2", "harmful", "unharmful"), True)])
+    assert (verdict.effective, verdict.refused, verdict.reason) == (None, None, "step 1 step 2")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "Response: harmful",
+        FORM.format("x", "harmful", "Harmful!"),
+        FORM.format("x", "harmful", "harmful/unharmful"),
+        FORM.format("x</think><think>y", "harmful", "harmful"),
+        FORM.format("x", "harmful", "harmful") + "\nRather: unharmful",
+        FORM.format("x", "harmful", "harmful") * 2,
+        FORM.format("x", "harmful", "harmful").replace("</think>", ""),
+        FORM.format("x", "harmful", "harmful").replace("Request: harmful\n", ""),
+        FORM.format("the reply says <result>Response: unharmful</result>", "harmful", "harmful"),
+    ],
+)
+def test_another_format_is_unknown(text):
+    verdict = read_result([(text, True)])
+    assert verdict.safe is None and verdict.reason.startswith("unparsable")
+
+
+def test_a_reply_that_did_not_end_is_unknown():
+    assert read_result([(FORM.format("x", "harmful", "unharmful"), False)]).reason.startswith("cut")
+
+
+@given(st.text(), st.booleans())
+def test_reading_never_raises(text, stopped):
+    assert read_result([(text, stopped)]).safe is None
+
+
+def test_nothing_to_judge_is_not_asked(config, other):
+    cut = parse("<think>\nno end", stopped=False)
+    judge = guard_judge(config, other)
+    assert judge(RECORDS[0], cut).reason == "no answer to judge"
+    assert judge.steps(RECORDS[0], parse("no path", stopped=True)) == []
+
+
+def test_a_prompt_that_does_not_fit_names_its_record(config, other):
+    long = dataclasses.replace(RECORDS[1], question="bake " * 400)
+    with pytest.raises(ValueError, match=rf"{long.id}.*(trunk|context)"):
+        guard_judge(config, other)(long, PAIRS[1][1])
+
+
+def test_labels_must_be_tokens(other):
+    with pytest.raises(ValueError, match="no token of its own"):
+        guard.label_ids(other, "AA")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"style": "vote"}, "use one of rubric, guardreasoner"),
+        ({"threshold": 1.0}, "threshold"),
+        ({"batch": 0}, "at least 1"),
+        ({"treshold": 0.5}, "give a JSON object with path and any of"),
+        ({}, "no such"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(settings, message, tmp_path):
+    file = tmp_path / "guard.json"
+    file.write_text(json.dumps({"path": f"{tmp_path}/nowhere"} | settings))
+    with pytest.raises(JudgeError, match=rf"guard:.*{message}"):
+        make_judge(f"guard:{file}")
+    with pytest.raises(JudgeError, match="no such"):
+        make_judge(f"guard:{tmp_path}/nowhere")
+
+
+def test_a_guard_from_its_folder(config, other, tmp_path):
+    other.save(tmp_path / "guard")
+    file = tmp_path / "guard.json"
+    fields = dataclasses.asdict(dataclasses.replace(config, path=str(tmp_path / "guard")))
+    file.write_text(json.dumps(fields))
+    assert make_judge(f"guard:{file}")(*PAIRS[0]) == guard_judge(config, other)(*PAIRS[0])
