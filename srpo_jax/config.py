@@ -52,7 +52,8 @@ def default_config() -> ml_collections.ConfigDict:
     """All fields with their defaults, locked: a misspelt field raises where it is set.
 
     Beside the sections of `RunConfig`:
-      policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package), `min_pixels`, `max_pixels`,
+      policy: `path` of a Hugging Face folder ("embedded" for the small policy in the package) or of adapters in PEFT's
+        format, `base` of such adapters (None for the folder that they name), `min_pixels`, `max_pixels`,
         `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's), `quantize`
         "int8" for the layers' kernels (None does not; they are frozen then).
       lora: see `models.lora.LoraConfig`; a rank of 0 is no adapters.
@@ -71,6 +72,7 @@ def default_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.policy = {
         "path": EMBEDDED,
+        "base": placeholder(str),
         "min_pixels": placeholder(int),
         "max_pixels": placeholder(int),
         "max_image_tokens": placeholder(int),

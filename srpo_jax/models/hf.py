@@ -32,7 +32,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # transformers 4.52 and later also name tensors in this way; the released names are the canonical ones here.
-_NEW_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
+NEW_PREFIXES = {"model.language_model.": "model.", "model.visual.": "visual."}
 _DTYPES = {"BF16": jnp.bfloat16, "F16": jnp.float16, "F32": jnp.float32, "F64": jnp.float64}
 Index = tuple[slice, ...]
 
@@ -149,7 +149,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder in Hugging Face's format has one")
-    content = _read_json(path)
+    content = read_json(path)
     try:
         return ModelConfig.from_hf(content)
     except ValueError as error:
@@ -233,7 +233,7 @@ def _open_tensors(folder: Path) -> dict[str, Any]:
 
 def canonical_name(name: str) -> str:
     """The released name of a tensor, whichever prefix it was saved with."""
-    for new, released in _NEW_PREFIXES.items():
+    for new, released in NEW_PREFIXES.items():
         if name.startswith(new):
             return released + name[len(new) :]
     return name
@@ -247,7 +247,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(
             f"{folder}: no {WEIGHTS} and no {INDEX}; convert other formats to safetensors with transformers"
         )
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: no weight_map; fetch the file again")
     files = sorted(set(map(str, weight_map.values())))
@@ -258,7 +258,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -326,14 +327,14 @@ def save_params(
     """
     flat = flatten(params)
     _check_params(flat, config)
-    with _atomic_folder(Path(folder)) as partial:
+    with atomic_folder(Path(folder)) as partial:
         _write_tensors(partial, flat, sources(config), max_shard_bytes)
         kind = str(np.dtype(flat["embed"].dtype))
-        _write_json(partial / "config.json", _with_dtype(config.to_hf(), kind))
+        write_json(partial / "config.json", _with_dtype(config.to_hf(), kind))
         if processor is not None:
             processor.save(partial)
             generation = {"eos_token_id": processor.eos_id, "pad_token_id": processor.pad_id}
-            _write_json(partial / "generation_config.json", generation)
+            write_json(partial / "generation_config.json", generation)
 
 
 def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
@@ -350,7 +351,8 @@ def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 @contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder`, which must not exist or be empty, when all went well."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists; choose another folder or remove it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -379,7 +381,7 @@ def _write_tensors(folder: Path, flat: Mapping[str, Any], table: Mapping[str, So
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(array.nbytes for array in flat.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _plan_shards(
@@ -423,5 +425,6 @@ def _with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
     return hf
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, keys sorted as Hugging Face's own files have them."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from srpo_jax.inputs import Encoded, Inputs, batch_inputs
 from srpo_jax.models.config import ModelConfig
 from srpo_jax.models.hf import Params, load_params, param_shapes, read_config, save_params
 from srpo_jax.models.lora import PARTS, LoraConfig, adapted_paths, init_adapters, merged
+from srpo_jax.models.peft import base_folder, is_adapter_folder, load_adapters
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.sharding import flatten, param_shardings, unflatten
@@ -87,6 +88,7 @@ class Policy:
 def load_policy(
     path: str | Path,
     *,
+    base: str | Path | None = None,
     mesh: Mesh | None = None,
     dtype: Any = None,
     quantize: str | None = None,
@@ -94,10 +96,11 @@ def load_policy(
     max_pixels: int | None = None,
     max_image_tokens: int | None = None,
 ) -> Policy:
-    """Reads a checkpoint folder of the Qwen2.5-VL family in Hugging Face's format.
+    """Reads a checkpoint folder of the Qwen2.5-VL family in Hugging Face's format, or adapters in PEFT's with their base.
 
     Args:
-      path: the folder.
+      path: the folder. Adapters stay apart from their base: they can be trained on, or merged by `Policy.save`.
+      base: of adapters, the folder of their base; None takes the one that their config names.
       mesh: where the parameters go, split by the table of `sharding`; None takes the default device.
       dtype: dtype of the parameters; None keeps the file's.
       quantize: "int8" keeps the kernels of the layers in int8 (see `models.quantize`); None does not.
@@ -111,12 +114,21 @@ def load_policy(
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r}: use 'int8' or None")
-    config = read_config(path)
+    folder = base_folder(path, base) if is_adapter_folder(path) else Path(path)
+    if base is not None and folder == Path(path):
+        raise ValueError(
+            f"{path} holds no adapters (adapter_config.json), so it has no base; leave base={str(base)!r} out"
+        )
+    config = read_config(folder)
     processor = Processor.load(
-        path, config, min_pixels=min_pixels, max_pixels=max_pixels, max_image_tokens=max_image_tokens
+        folder, config, min_pixels=min_pixels, max_pixels=max_pixels, max_image_tokens=max_image_tokens
     )
     shardings = None if mesh is None else param_shardings(param_shapes(config), mesh)
-    params = load_params(path, config, shardings, dtype, int8=quantize == "int8")
+    params = load_params(folder, config, shardings, dtype, int8=quantize == "int8")
+    if folder != Path(path):
+        adapters = unflatten(load_adapters(path, config))
+        where = None if mesh is None else param_shardings(adapters, mesh)
+        params = unflatten(flatten(params) | flatten(jax.device_put(adapters, where)))
     return Policy(config, graph_definition(config, params), params, processor)
 
 
@@ -135,7 +147,9 @@ def adapt(policy: Policy, lora: LoraConfig, seed: int, mesh: Mesh | None = None)
     if not lora.rank:
         return policy
     if present := adapted_paths(flatten(policy.params)):
-        raise ValueError(f"the policy has adapters already, of {', '.join(present)}; merge them first, or train these")
+        raise ValueError(
+            f"the policy has adapters already, of {', '.join(present)}; train these (lora.rank=0), or merge them first"
+        )
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), policy.params)
     make = functools.partial(init_adapters, shapes, lora, seed)
     where = None if mesh is None else flatten(param_shardings(unflatten(jax.eval_shape(make)), mesh))
