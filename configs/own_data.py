@@ -10,6 +10,9 @@ one, `--config.rounds=0` trains on the reference paths alone: a released checkpo
 write the path grammar, and a round whose branches are mostly malformed is refused. Then give the exported result (see
 scripts/export.py) as `policy.path`.
 
+`--config=configs/own_data.py:lora` trains low-rank adapters on a frozen base instead of the decoder itself, which takes a
+fraction of the memory; `--config.policy.quantize=int8` halves that of the base once more (docs/adapters.md).
+
 Every combination of ladder steps in use is a program to compile, minutes each: at most 2 × 2 × 3 (trunk, patches, rows) of the
 update, 2 × 2 (trunk, patches) of exploration, one per temperature of evaluation. Ordinary photographs use one size of patches.
 
@@ -19,7 +22,10 @@ No numbers are expected here: they depend on the checkpoint and the records.
 from srpo_jax.config import default_config
 
 
-def get_config():
+def get_config(tuning="full"):
+    """The recipe; `tuning` is "full" or "lora"."""
+    if tuning not in ("full", "lora"):
+        raise ValueError(f"own_data.py:{tuning}: use own_data.py, own_data.py:full or own_data.py:lora")
     config = default_config()
     config.policy.max_image_tokens = 768  # pictures of about 770 × 770 pixels together; more cost memory in every trunk
     config.policy.dtype = "bfloat16"
@@ -36,7 +42,10 @@ def get_config():
 
     # Full fine-tuning keeps a float32 master copy, its gradient and two moments: 16 bytes per trained parameter.
     # The vision tower stays as it is; drop the pattern to train it, too.
-    config.trainable = ("^(embed|head)$", "^layers/", "^norm/")  # one pattern: the 3B has no head of its own
+    if tuning == "lora":  # on every linear map of the decoder; nothing else trains
+        config.lora.update(rank=16, alpha=32.0)
+    else:
+        config.trainable = ("^(embed|head)$", "^layers/", "^norm/")  # one pattern: the 3B has no head of its own
     config.compute.update(dtype="bfloat16", remat="full")
     config.mesh.update(data=1, fsdp=-1, tensor=1)  # parameters and questions over all devices
 
@@ -44,7 +53,7 @@ def get_config():
     # trees=8, accumulate=1.
     config.batch.update(trees=1, accumulate=8)
     config.loss.srpo.lambda_ = 0.3
-    config.optim.update(learning_rate=1e-6, warmup=10, weight_decay=0.0)
+    config.optim.update(learning_rate=1e-4 if tuning == "lora" else 1e-6, warmup=10, weight_decay=0.0)
     config.rounds = 1
     config.updates = 200
     config.checkpoint_every = 50

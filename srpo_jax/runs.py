@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -11,9 +13,11 @@ import ml_collections
 from srpo_jax import config as configs
 from srpo_jax.checkpoint import Checkpointer, CheckpointMismatchError
 from srpo_jax.models.fingerprint import params_fingerprint
+from srpo_jax.models.lora import is_adapter
+from srpo_jax.models.peft import base_folder, is_adapter_folder
 from srpo_jax.models.policy import Policy
 from srpo_jax.training import workdir
-from srpo_jax.training.state import abstract_state, place_frozen
+from srpo_jax.training.state import abstract_state, place_frozen, select_trainable
 
 
 def is_run(path: str | Path) -> bool:
@@ -31,6 +35,40 @@ def training_judge(path: str | Path) -> str:
     return config["judge"] if config["rounds"] else ""
 
 
+def run_settings(path: str | Path) -> ml_collections.ConfigDict:
+    """The configuration that a work directory was made with, fields added since at their defaults.
+
+    Raises:
+      FileNotFoundError: no work directory there.
+    """
+    if not is_run(path):
+        raise FileNotFoundError(f"{path}: no work directory of a training run (config.json and checkpoints/)")
+    config = configs.default_config()
+    with config.unlocked():  # a recipe may keep sections of its own
+        config.update(ml_collections.ConfigDict(workdir.read_config(path)))
+    return config
+
+
+def adapter_base(path: str | Path, params: Mapping[str, Any]) -> Path:
+    """The folder of the model that the adapters of a run belong to.
+
+    Args:
+      path: work directory of the run.
+      params: of the run's policy.
+
+    Raises:
+      ValueError: the run trained more than adapters, so that these alone are not its policy.
+    """
+    config = run_settings(path)
+    trained, _ = select_trainable(dict(params), configs.run_config(config).trainable)
+    if others := sorted(name for name in trained if not is_adapter(name)):
+        raise ValueError(
+            f"{path} trained {', '.join(others[:3])} beside adapters, if any; export it whole, without --adapter"
+        )
+    start = configs.policy_path(config.policy.path)
+    return base_folder(start, config.policy.base) if is_adapter_folder(start) else start
+
+
 def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Policy, int]:
     """The policy of a work directory at `step` (the newest checkpoint if None), and that step.
 
@@ -41,12 +79,8 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
       checkpoint.CheckpointError: no checkpoint, or not that one.
       checkpoint.CheckpointMismatchError: a checkpoint of another model, or the frozen parameters have changed since.
     """
+    config = run_settings(path)
     path = Path(path)
-    if not is_run(path):
-        raise FileNotFoundError(f"{path}: no work directory of a training run (config.json and checkpoints/)")
-    config = configs.default_config()
-    with config.unlocked():  # a recipe may keep sections of its own
-        config.update(ml_collections.ConfigDict(workdir.read_config(path)))
     mesh = configs.build_mesh(config) if mesh is None else mesh
     run = configs.run_config(config)
     start = configs.build_policy(config, mesh)

@@ -97,15 +97,15 @@ def train(
       preemption.Preempted: the process was asked to end; the update under way is saved.
     """
     workdir = Path(workdir)
-    optimizer = config.optim.make()
+    optimizer, offload = config.optim.make(), config.optim.offload
     with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpoints:
         if checkpoints.latest() is None:
-            state = init_state(policy.params, optimizer, config.trainable, mesh)
+            state = init_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
         else:  # into shapes: a fresh state beside the restored one would take the memory twice
-            like = abstract_state(policy.params, optimizer, config.trainable, mesh)
+            like = abstract_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
             frozen = place_frozen(policy.params, like.frozen)
             state = _resume(checkpoints, like.moving(), frozen, config)
-        update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state)
+        update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state, offload=offload)
         step = int(state.step)
         with open_log(workdir, last_step=step) as log:
             for round_ in range(max(1, config.rounds)):

@@ -56,6 +56,7 @@ class OptimConfig:
       clip: largest global gradient norm; 0 does not clip.
       b1: decay of the first moment.
       b2: decay of the second moment.
+      offload: keep the moments in the host's memory between updates; each update fetches them when its gradient is done.
 
     Raises:
       ValueError: an unknown schedule, or a warm-up that is longer than it.
@@ -70,6 +71,7 @@ class OptimConfig:
     clip: float = 1.0
     b1: float = 0.9
     b2: float = 0.99
+    offload: bool = False
 
     def __post_init__(self):
         if self.schedule not in ("cosine", "constant") or self.warmup > self.steps:
@@ -138,7 +140,12 @@ def select_trainable(params: dict[str, Any], patterns: Patterns) -> tuple[Flat, 
 
 
 def init_state(
-    params: dict[str, Any], optimizer: optax.GradientTransformation, patterns: Patterns, mesh: jax.sharding.Mesh
+    params: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    patterns: Patterns,
+    mesh: jax.sharding.Mesh,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to.
 
@@ -146,7 +153,7 @@ def init_state(
     """
     trainable, frozen = select_trainable(params, patterns)
     shardings = state_shardings(
-        TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh
+        TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh, offload=offload
     )
     trainable = jax.device_put(trainable, shardings.params, may_alias=False)
     frozen = jax.device_put(frozen, shardings.frozen)
@@ -161,7 +168,12 @@ def place_frozen(params: dict[str, Any], like: Flat) -> Flat:
 
 
 def abstract_state(
-    shapes: dict[str, Any], optimizer: optax.GradientTransformation, patterns: Patterns, mesh: jax.sharding.Mesh
+    shapes: dict[str, Any],
+    optimizer: optax.GradientTransformation,
+    patterns: Patterns,
+    mesh: jax.sharding.Mesh,
+    *,
+    offload: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, from shapes of parameters and without allocating any."""
 
@@ -170,18 +182,22 @@ def abstract_state(
         return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable))
 
     state = jax.eval_shape(make, shapes)
-    placed = state_shardings(state, mesh)
+    placed = state_shardings(state, mesh, offload=offload)
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, placed)
 
 
-def state_shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
-    """NamedShardings for a `TrainState` of arrays or shapes: parameters and their moments by the table, the rest whole."""
+def state_shardings(state: Any, mesh: jax.sharding.Mesh, *, offload: bool = False) -> Any:
+    """NamedShardings for a `TrainState` of arrays or shapes: parameters and their moments by the table, the rest whole.
+
+    With `offload` the moments are in the host's memory.
+    """
     table = {**state.params, **state.frozen}
 
     def place(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
         name = next((str(key.key) for key in reversed(path) if isinstance(key, jax.tree_util.DictKey)), "")
         if name in table and leaf.shape == table[name].shape:
-            return jax.sharding.NamedSharding(mesh, sharding.spec_of(name, leaf.shape, mesh))
+            kind = "pinned_host" if offload and getattr(path[0], "name", "") == "opt_state" else None
+            return jax.sharding.NamedSharding(mesh, sharding.spec_of(name, leaf.shape, mesh), memory_kind=kind)
         return sharding.replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)

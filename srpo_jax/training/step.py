@@ -75,11 +75,14 @@ def make_update(
     compute: ComputeConfig,
     mesh: jax.sharding.Mesh,
     state: TrainState,
+    *,
+    offload: bool = False,
 ) -> Update:
     """The compiled update `(state, batches) -> (state, metrics)`.
 
     `batches` has a leading axis of micro-batches whose gradients add up: every question weighs the same, whatever its
-    micro-batch. The old state is donated, save for its frozen parameters.
+    micro-batch. The old state is donated, save for its frozen parameters. With `offload` the moments come from and go to the
+    host's memory.
     """
     dtype = jnp.dtype(compute.dtype)
 
@@ -97,14 +100,18 @@ def make_update(
             return jax.tree.map(jnp.add, grads, new), sums
 
         grads, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, state.params), batches)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        opt_state = state.opt_state
+        if offload:  # not before the gradient is done, when activations have left the room
+            grads, opt_state = jax.lax.optimization_barrier((grads, opt_state))
+            opt_state = jax.device_put(opt_state, state_shardings(state, mesh).opt_state)
+        updates, opt_state = optimizer.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = mean_metrics(jax.tree.map(lambda x: jnp.sum(x, axis=0), sums))
         metrics["grad_norm"] = optax.tree.norm(grads)
         metrics["update_norm"] = optax.tree.norm(updates)
         return TrainState(state.step + 1, params, {}, opt_state), metrics
 
-    shardings = state_shardings(state, mesh)._replace(frozen={})
+    shardings = state_shardings(state, mesh, offload=offload)._replace(frozen={})
     compiled = jax.jit(update, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
     return Update(compiled, mesh)
 
