@@ -30,11 +30,11 @@ from srpo_jax.trees import ReasoningTree, pack_rows, pack_trees
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
-def load(file: Path) -> ml_collections.ConfigDict:
+def load(file: Path, *arguments: str) -> ml_collections.ConfigDict:
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module.get_config(*arguments)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -103,6 +103,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("loss.schedules.srpo", ((9, 1.0), (3, 1.0)), r"config\.loss: schedules\.srpo=.*ascending"),
         ("compute.dtype", "bf16", r"config\.compute: dtype='bf16'"),
         ("compute.remat", "all", r"config\.compute: remat='all': use 'none', 'selective' or 'full'"),
+        ("lora.rank", -1, r"config\.lora: rank=-1"),
         ("batch.trees", 0, r"config\.batch: trees=0"),
         ("updates", 0, r"config\.updates=0: it must be at least 1"),
         ("rounds", -1, r"config\.rounds=-1: it must be at least 0"),
@@ -297,3 +298,22 @@ def test_own_data_names_parameters_that_tied_and_untied_checkpoints_have(tied):
     patterns = load(next(file for file in FILES if file.stem == "own_data")).trainable
     assert all(any(re.search(pattern, path) for path in paths) for pattern in patterns)
     assert not any(re.search(pattern, path) for path in paths if path.startswith("vision/") for pattern in patterns)
+
+
+def test_own_data_by_adapters_trains_them_alone():
+    file = next(file for file in FILES if file.stem == "own_data")
+    config = load(file, "lora")
+    assert (config.lora.rank, configs.run_config(config).trainable) == (16, None)
+    assert configs.run_config(load(file, "full")) == configs.run_config(load(file))
+    assert configs.run_config(load(file)).trainable is not None
+    with pytest.raises(ValueError, match=r"own_data\.py:qlora: use own_data\.py"):
+        load(file, "qlora")
+
+
+def test_a_policy_is_built_quantised_and_with_adapters():
+    config = configs.default_config()
+    config.policy.quantize = "int8"
+    config.lora.update(rank=2, targets=("mlp/up",))
+    flat = sharding.flatten(configs.build_policy(config, configs.build_mesh(config)).params)
+    assert flat["layers/mlp/up/kernel"].dtype == "int8" and flat["layers/mlp/up/lora_a"].shape[-1] == 2
+    assert "layers/mlp/down/lora_a" not in flat

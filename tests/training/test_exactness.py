@@ -17,8 +17,11 @@ from srpo_jax.exploration.sampler import SampleConfig, sample_branches
 from srpo_jax.inputs import Encoded, VisionInputs, batch_inputs
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.logprobs import token_logprobs
+from srpo_jax.models.lora import LoraConfig, init_adapters
+from srpo_jax.models.policy import graph_definition
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.sharding import flatten, unflatten
 
 VOCAB, PATCH_DIM, WINDOW = 40, 3 * 2 * 4 * 4, 4  # 4-pixel patches, windows of 2 × 2 patches: one merged feature each
 PROMPT, STEP, REPLY, STEPS, LONGEST, SEQUENCES, PAIRS = 9, 3, 4, 3, 10, 20, 256
@@ -214,6 +217,43 @@ def test_gradients_in_float32_stay_within_1e_5_of_the_global_norm(batch_trees):
     norm = np.sqrt(sum(np.sum(g**2) for g in theirs_flat.values()))
     gap = np.sqrt(sum(np.sum((ours_flat[name] - g) ** 2) for name, g in theirs_flat.items()))
     assert gap / norm <= 1e-5
+
+
+def test_adapters_get_the_gradients_of_the_naive_computation_in_float64():
+    """On a frozen base, of the vision tower and of the decoder."""
+    rng = np.random.default_rng(6)
+    batch_trees = []
+    for images in (1, 2):
+        trunk = make_trunk(rng, images)
+        verdicts = [(i, v) for i in trunk.prefixes for v in (True, False, True)]
+        lengths = rng.integers(1, LONGEST + 1, len(verdicts))
+        tokens = [rng.integers(5, VOCAB, n).astype(np.int32) for n in lengths]
+        branches = [
+            trees.Branch(i, t, np.zeros(len(t), np.float32), "ok", v)
+            for (i, v), t in zip(verdicts, tokens, strict=True)
+        ]
+        batch_trees.append(trees.ReasoningTree(trunk, tuple(branches)))
+    with precision("float64"):
+        _, base = model_parts("float64")
+        made = init_adapters(base, LoraConfig(2, targets=("layers/attention/(q|v)", "vision/blocks/mlp/up")), 0)
+        adapters = {path: x.astype(jnp.float64) for path, x in made.items() if not path.endswith("scale")}
+        adapters = {path: jnp.asarray(rng.normal(scale=0.3, size=x.shape)) for path, x in adapters.items()}
+        frozen = flatten(base) | {path: x for path, x in made.items() if path not in adapters}
+        graphdef = graph_definition(config(), unflatten(frozen | adapters))
+        batch, _ = trees.pack_trees(batch_trees, PACK)
+        inputs, plan = naive_plan(batch_trees, len(batch_trees) * (SEQUENCES + 1))
+
+        def packed(adapters):
+            return packed_loss(unflatten(frozen | adapters), graphdef, batch)[0]
+
+        def naive(adapters):
+            return naive_loss(sequence_logprobs(unflatten(frozen | adapters), graphdef, inputs), span_plan(plan))
+
+        ours, grads = jax.jit(jax.value_and_grad(packed))(adapters)
+        theirs, expected = jax.jit(jax.value_and_grad(naive))(adapters)
+    assert ours == pytest.approx(float(theirs), rel=1e-9)
+    assert min(np.abs(x).max() for x in leaves(expected).values()) > 0
+    assert_equal_leaves(grads, expected)
 
 
 def test_a_policy_that_is_sure_of_its_tokens_has_exact_gradients_too():
