@@ -29,8 +29,8 @@ def main(_):
     policy, step = load_run(CHECKPOINT.value, STEP.value)
     params, dtype = local_copy(policy.params), jnp.dtype(DTYPE.value)
     if ADAPTER.value:
-        base = BASE.value or adapter_base(CHECKPOINT.value, params).absolute()
-        distributed.on_lead(lambda: save_adapters(OUTPUT.value, policy.config, params, base, dtype))
+        base = adapter_base(CHECKPOINT.value, params).absolute()  # refuses a run that trained more
+        distributed.on_lead(lambda: save_adapters(OUTPUT.value, policy.config, params, BASE.value or base, dtype))
     else:
         distributed.on_lead(lambda: policy.save(OUTPUT.value, params, dtype=dtype))
     cli.say(f"wrote {'the adapters of ' * ADAPTER.value}step {step} of {CHECKPOINT.value} to {OUTPUT.value}")

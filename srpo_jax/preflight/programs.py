@@ -89,7 +89,8 @@ class Setting:
         configs.check_batch(run, mesh)
         model = config_of(configs.policy_path(config.policy.path))
         params = abstract_params(config, model, mesh)
-        return Setting(config, run, model, mesh, params, abstract_state(params, run.optim.make(), run.trainable, mesh))
+        state = abstract_state(params, run.optim.make(), run.trainable, mesh, offload=run.optim.offload)
+        return Setting(config, run, model, mesh, params, state)
 
     def snapshot(self) -> dict[str, Any]:
         """What explores: the parameters as the update computes with them."""
@@ -128,7 +129,8 @@ def update_program(setting: Setting, chip: Chip) -> Program:
     where = sharding.batch_sharding(setting.mesh, axis=1)
     batches = _batched(packed, (run.batch.accumulate, parts), where)
     graphdef = graph_definition(setting.model, setting.params)
-    update = make_update(graphdef, run.optim.make(), run.loss, run.compute, setting.mesh, state)
+    how = {"offload": run.optim.offload}
+    update = make_update(graphdef, run.optim.make(), run.loss, run.compute, setting.mesh, state, **how)
     size = _with_image(TreeSize.of(tree, setting.model.vision), patches, setting.model)
     shapes = {**state.params, **state.frozen}
     work = flops.update_flops(setting.model, shapes, state.params, size, remat=run.compute.remat == "full")
