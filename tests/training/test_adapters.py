@@ -24,13 +24,14 @@ from srpo_jax.models.quantize import is_quantisable
 from srpo_jax.models.scoring import tree_logprobs
 from srpo_jax.training.data import BatchConfig, step_batches
 from srpo_jax.training.loop import RunConfig, train
+from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import OptimConfig, abstract_state, init_state, select_trainable
-from srpo_jax.training.step import ComputeConfig, LossConfig, make_update
+from srpo_jax.training.step import ComputeConfig, make_update
 from srpo_jax.trees import PackConfig, ReasoningTree, pack_trees
 
 RUN = RunConfig(
     explore=ExploreConfig(k=4, max_tokens=10, trees=2, trunk=(144,), patches=(16,)),
-    loss=LossConfig(lambda_=0.5),
+    loss=LossConfig(options={"srpo": {"lambda_": 0.5}}),
     optim=OptimConfig(3e-2, steps=4, schedule="constant", offload=True),
     pack=PackConfig((144,), (112,), (28,), 16, (24,), (10,), (16,)),
     batch=BatchConfig(trees=2),
@@ -143,7 +144,7 @@ def updated(policy, batch, mesh, optim: OptimConfig, compute: ComputeConfig):
     optimizer, options = optim.make(), {"offload": optim.offload}
     state = init_state(policy.params, optimizer, None, mesh, **options)
     before = jax.device_get(state.params)
-    update = make_update(policy.graphdef, optimizer, LossConfig(lambda_=0.0), compute, mesh, state, **options)
+    update = make_update(policy.graphdef, optimizer, LossConfig(options={"srpo": {"lambda_": 0.0}}), compute, mesh, state, **options)
     program = jax.make_jaxpr(update)(state, batch)
     return before, update(state, batch)[0], program
 
