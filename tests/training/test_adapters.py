@@ -144,7 +144,8 @@ def updated(policy, batch, mesh, optim: OptimConfig, compute: ComputeConfig):
     optimizer, options = optim.make(), {"offload": optim.offload}
     state = init_state(policy.params, optimizer, None, mesh, **options)
     before = jax.device_get(state.params)
-    update = make_update(policy.graphdef, optimizer, LossConfig(options={"srpo": {"lambda_": 0.0}}), compute, mesh, state, **options)
+    supervised = LossConfig(options={"srpo": {"lambda_": 0.0}})
+    update = make_update(policy.graphdef, optimizer, supervised, compute, mesh, state, **options)
     program = jax.make_jaxpr(update)(state, batch)
     return before, update(state, batch)[0], program
 
