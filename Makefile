@@ -5,6 +5,7 @@
 #   make test-all            the same with the tests marked slow
 #   make lint                ruff, mypy, import contracts
 #   make bench               every benchmark, JSON lines on the terminal
+#   make preflight           the memory table of TPU slices (docs/scaling.md), hours of two cores from scratch; needs no TPU
 #
 # PYTHON=python3.12 chooses the interpreter; each gets an environment of its own.
 
@@ -29,7 +30,7 @@ CACHE_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax \
 # Tests never touch an accelerator or a hub.
 TEST_ENV := $(CACHE_ENV) JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test test-all lint format bench clean
+.PHONY: quickstart test test-all lint format bench preflight clean
 
 quickstart: $(VENV)/installed-run-$(KEY)
 	$(CACHE_ENV) $(BIN)/python scripts/quickstart.py $(ARGS)
@@ -54,6 +55,9 @@ bench: $(VENV)/installed-run-$(KEY)
 	@set -e; for script in benchmarks/[a-z]*.py; do \
 		if [ -e "$$script" ]; then echo "# $$script" >&2; $(BIN)/python "$$script" $(ARGS); fi; done
 
+preflight: $(VENV)/installed-tpu-$(KEY)
+	$(BIN)/python tpu/preflight_table.py $(ARGS)
+
 clean:
 	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 
@@ -63,6 +67,10 @@ $(VENV)/installed-run-$(KEY): | $(VENV)/python-$(KEY)
 
 $(VENV)/installed-dev-$(KEY): | $(VENV)/python-$(KEY)
 	$(BIN)/python -m pip install --quiet --editable '.[test,lint]'
+	@touch $@ $(VENV)/installed-run-$(KEY)
+
+$(VENV)/installed-tpu-$(KEY): | $(VENV)/python-$(KEY)
+	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
 	@touch $@ $(VENV)/installed-run-$(KEY)
 
 # Keeps an environment of the same interpreter, replaces one of another.

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
-from srpo_jax import distributed, preemption
+from srpo_jax import distributed, preemption, runtime
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -30,6 +30,14 @@ NUM_PROCESSES = flags.DEFINE_integer(
 PROCESS_ID = flags.DEFINE_integer(
     "process_id", os.environ.get("SRPO_PROCESS_ID"), "Which of them this one is, from 0, with --coordinator."
 )
+DETERMINISTIC = flags.DEFINE_bool(
+    "deterministic", False, "GPU: the same bits in every run on the same hardware, by slower kernels."
+)
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder or bucket where compiled programs are kept, so that a restart does not compile again.",
+)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -45,6 +53,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def guarded(argv: Sequence[str]) -> None:
         preemption.install()
         try:
+            runtime.configure(deterministic=DETERMINISTIC.value, cache=COMPILATION_CACHE.value)
             if DISTRIBUTED.value or COORDINATOR.value:
                 distributed.initialize(COORDINATOR.value, NUM_PROCESSES.value, PROCESS_ID.value)
             main(argv)
