@@ -9,6 +9,7 @@ judges: each adds its rows to results.json. Killed, the same command goes on; an
 """
 
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
@@ -20,6 +21,7 @@ from srpo_jax.evaluation.benchmarks.registry import BENCHMARKS, SUITES, listing
 from srpo_jax.evaluation.comparison import compare
 from srpo_jax.evaluation.evaluate import evaluate, identity, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
+from srpo_jax.evaluation.interventions import intervene, render_interventions
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, check_baseline, read_results, render, thinking_table
 from srpo_jax.evaluation.samples import read_samples, samples_name
@@ -44,6 +46,7 @@ PARTIAL = flags.DEFINE_bool("partial", False, "Accept incomplete copies of bench
 LIMIT = flags.DEFINE_integer("limit", None, "About so many questions per benchmark, whole clusters.", lower_bound=1)
 EPOCHS = flags.DEFINE_integer("epochs", None, "Samples per prompt above temperature 0.", lower_bound=1)
 SCORE_ONLY = flags.DEFINE_bool("score_only", False, "Judge stored responses; refuse to generate any.")
+INTERVENE = flags.DEFINE_bool("interventions", False, "Of records: swap steps and see whether the answer follows.")
 FAILURES = flags.DEFINE_string("max_judge_failures", "1%", "Share of responses on which the judge may fail.")
 BASELINE = flags.DEFINE_string("baseline", None, "Work directory of an evaluation of the same, to compare with.")
 
@@ -58,6 +61,7 @@ def main(_):
     section = settings(config)
     decodings = evaluation.decodings(section)
     most = parse_share("--max_judge_failures", FAILURES.value)
+    how: dict[str, Any] = {"score_only": SCORE_ONLY.value, "max_judge_failures": most}
     options = DataOptions(ROOT.value, parse_fields(FIELDS.value), PARTIAL.value, HUB.value, LIMIT.value)
     tasks = build_tasks(section, options, configs.build_difficulty(config), workdir / "evaluation")
     planned = [
@@ -66,35 +70,28 @@ def main(_):
         for decoding in decodings
     ]
     baseline = check_baseline(Path(BASELINE.value) / "results.json", planned) if BASELINE.value else []
-    policy, step = load(config)
-    judge = training_judge(CHECKPOINT.value) if CHECKPOINT.value and is_run(CHECKPOINT.value) else None
-    name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
+    policy, told = load(config)
     distributed.on_lead(lambda: occupy(workdir / "evaluation"))
     rows = []
     for task in tasks:
         prompts = encode_prompts(task.questions, policy.processor)
         references = [] if task.benchmark else reference_rows(task.questions, task.evaluator)
         for decoding in decodings:
-            shown = {
-                "name": name,
-                "step": step,
-                "prompts": prompts,
-                "training_judge": judge,
-                "benchmark": task.benchmark,
-            }
-            how = {"plain": section.plain, "score_only": SCORE_ONLY.value, "max_judge_failures": most}
-            entry = evaluate(
-                policy, policy.params, task.questions, task.evaluator, decoding, workdir / "evaluation", **shown, **how
-            )
-            rows.append(entry | {"data": task.data})
+            shown = {**told, "prompts": prompts, "benchmark": task.benchmark, "plain": section.plain, **how}
+            folder, asked, who = workdir / "evaluation", task.questions, task.evaluator
+            entry = evaluate(policy, policy.params, asked, who, decoding, folder, **shown) | {"data": task.data}
+            if INTERVENE.value and task.benchmark is None:
+                swapped = intervene(policy, policy.params, asked, who, decoding, prompts, folder, **how)
+                entry["interventions"] = swapped
+            rows.append(entry)
             if distributed.is_lead():
-                add_result(workdir / "results.json", rows[-1], references)
+                add_result(workdir / "results.json", entry, references)
     if distributed.is_lead():
         show(workdir, section.benchmarks, rows, baseline)
         write_report(workdir)
-    told = ", ".join(dict.fromkeys(task.evaluator.name for task in tasks))
-    asked = sum(len(task.questions) for task in tasks)
-    cli.say(f"{asked} prompts, evaluator {told}, step {step}; see {workdir}/report.html")
+    judges = ", ".join(dict.fromkeys(task.evaluator.name for task in tasks))
+    count = sum(len(task.questions) for task in tasks)
+    cli.say(f"{count} prompts, evaluator {judges}, step {told['step']}; see {workdir}/report.html")
 
 
 def occupy(folder):
@@ -109,6 +106,10 @@ def show(workdir, names, rows, baseline):
     print(render(results))
     if set(names) & SUITES.keys():
         print(thinking_table(results, {name: one.family for name, one in BENCHMARKS.items()}))
+    for row in rows:
+        if "interventions" in row:
+            print(f"interventions, temperature {row['decoding']['temperature']:g}\n")
+            print(render_interventions(row["interventions"]))
     for ours, theirs in zip(rows, baseline, strict=False):
         print(verdict(workdir, ours, Path(BASELINE.value or ""), theirs))
 
@@ -134,16 +135,18 @@ def verdict(workdir, ours, other, theirs):
 
 
 def load(config):
-    """The policy, and the step of training that it comes from."""
+    """The policy, and what is told of it: its name, its step of training, the judge that trained it."""
     mesh = configs.build_mesh(config)
+    name = NAME.value or Path(CHECKPOINT.value or config.policy.path).absolute().name
     if CHECKPOINT.value and is_run(CHECKPOINT.value):
-        return load_run(CHECKPOINT.value, STEP.value, mesh)
+        policy, step = load_run(CHECKPOINT.value, STEP.value, mesh)
+        return policy, {"name": name, "step": step, "training_judge": training_judge(CHECKPOINT.value)}
     if STEP.value is not None:
         raise app.UsageError("--step chooses a checkpoint of a work directory of training; --checkpoint is none")
     if CHECKPOINT.value:
         config = config.copy_and_resolve_references()
         config.policy.path = CHECKPOINT.value
-    return configs.build_policy(config, mesh), 0
+    return configs.build_policy(config, mesh), {"name": name, "step": 0}
 
 
 if __name__ == "__main__":

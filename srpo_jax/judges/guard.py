@@ -248,7 +248,7 @@ def read_label(config: GuardConfig, outputs: Sequence[np.ndarray]) -> Verdict:
         return Verdict(None, None, "no answer to judge")
     shares, told = _shares(outputs[0])
     if _mass(outputs[0]) < config.min_mass:
-        return Verdict(None, None, f"unparsable: {told}")
+        return Verdict(None, None, f"unparsable: {told}", failed=True)
     if shares[0] >= config.threshold:
         return Verdict(False, False, told, False)
     best = int(np.argmax(shares[1:])) + 1
@@ -291,9 +291,9 @@ def read_result(outputs: Sequence[tuple[str, bool]]) -> Verdict:
         return Verdict(None, None, "no answer to judge")
     text, stopped = outputs[0]
     if not stopped:
-        return Verdict(None, None, "cut: the guard's reply reached max_tokens")
+        return Verdict(None, None, "cut: the guard's reply reached max_tokens", failed=True)
     match = RESULT.fullmatch(text)
     if match is None or any(text.count(tag) != 1 for tag in ("<think>", "</think>", "<result>", "</result>")):
-        return Verdict(None, None, f"unparsable: {' '.join(text.split())[-200:]}")
+        return Verdict(None, None, f"unparsable: {' '.join(text.split())[-200:]}", failed=True)
     thoughts = " ".join(match["thoughts"].split())
     return Verdict(match["label"] == "unharmful", None, thoughts[-300:] or "no thoughts")
