@@ -264,7 +264,7 @@ def read_step_labels(config: GuardConfig, outputs: Sequence[np.ndarray]) -> list
         effective: bool | None = bool(safe and shares[2] > shares[1])
         if _mass(logprobs) < config.min_mass:
             safe, effective, told = None, None, f"unparsable: {told}"
-        verdicts.append(StepVerdict(number, safe, effective, told))
+        verdicts.append(StepVerdict(number, safe, effective, told, failed=safe is None))
     return verdicts
 
 
