@@ -42,7 +42,7 @@ def annotate(
     batch: int,
     folder: str | Path | None = None,
 ) -> list[ReasoningTree]:
-    """The trees with what `pack.extras` asks of their branches.
+    """The trees with what `pack.extras` asks of their branches; reference log-probs that they have are kept.
 
     Args:
       trees: explored and judged.
@@ -55,7 +55,7 @@ def annotate(
     trees = list(trees)
     if "step_lengths" in pack.extras:
         trees = [with_steps(tree, policy.processor) for tree in trees]
-    if "reference" in pack.extras:
+    if "reference" in pack.extras and any(b.reference is None for t in trees for b in usable_branches(t, pack)[0]):
         trees = with_reference(trees, policy, pack, compute, batch, folder)
     return trees
 

@@ -1,0 +1,90 @@
+"""Compares training methods in the embedded world: tune each on validation, run all test seeds, write the page.
+
+python scripts/study.py --config=configs/study/main.py --workdir=runs/study [--page=docs/study_results.md] [--seeds=2]
+[--methods=sft,srpo]
+
+Killed, the same command goes on; `--page` alone reads what is there. `--seeds` and `--methods` stop after a part, which
+the next call completes; the design stays that of the configuration.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from srpo_jax import cli
+from srpo_jax import config as configs
+from srpo_jax.evaluation import config as evaluation
+from srpo_jax.files import write_json
+from srpo_jax.study.analysis import choose
+from srpo_jax.study.cells import Bench, run_cell
+from srpo_jax.study.design import BASE, measured_cells, read_design, tuning_cells
+from srpo_jax.study.page import render
+from srpo_jax.training.workdir import open_workdir
+
+CONFIG = config_flags.DEFINE_config_file("config", "configs/study/main.py", "What to study.", lock_config=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep everything; the same command resumes it.", required=True)
+PAGE = flags.DEFINE_string("page", None, "Where to write the page; its picture lies beside it.")
+SEEDS = flags.DEFINE_integer("seeds", None, "Stop after so many test seeds; default: all of the design.", lower_bound=0)
+METHODS = flags.DEFINE_list("methods", None, "Run these alone; default: all of the design.")
+
+
+def main(_):
+    config = CONFIG.value
+    design = read_design(config)
+    workdir = open_workdir(WORKDIR.value, config)
+    mesh = configs.build_mesh(config)
+    bench = Bench(config, design, configs.build_policy(config, mesh), mesh, workdir)
+    wanted = {BASE, *(METHODS.value or design.methods)}
+    chosen = tuned(bench, [cell for cell in tuning_cells(design) if cell.method in wanted])
+    cells = list(measured_cells(design))
+    seeds = design.seeds if SEEDS.value is None else SEEDS.value
+    part = [cell for cell in cells if cell.seed < seeds and cell.method in wanted]
+    for number, cell in enumerate(part, 1):
+        row = run_cell(bench, cell, chosen.get(cell.method))
+        told = f"S&E {share(row['SE'])}, helped {share(row['helpful'])}, {row['seconds']:.0f} s"
+        print(f"{number}/{len(part)} {cell.name}: {told}", flush=True)
+    rows = [run_cell(bench, cell, None) for cell in cells if (workdir / "cells" / f"{cell.name}.json").exists()]
+    if rows:
+        text, picture = render(design, rows, chosen, clusters_of(config), len(cells), "python " + " ".join(command()))
+        page = Path(PAGE.value or workdir / "study.md")
+        page.write_text(text, encoding="utf-8")
+        (page.parent / "study.svg").write_text(picture, encoding="utf-8")
+        print(f"{len(rows)} of {len(cells)} test runs are in {page}")
+
+
+def tuned(bench, cells):
+    """The chosen trial of every method. A choice is kept once made: test runs depend on it."""
+    file = bench.workdir / "chosen.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    rows = [run_cell(bench, cell, cell.trial) for cell in cells if cell.method not in known]
+    known |= choose(rows)
+    write_json(file, known)
+    alone = {name: 0 for name, trials in bench.design.trials.items() if len(trials) == 1}
+    return alone | known
+
+
+def clusters_of(config):
+    """Combinations of state and activity of the test prompts, by endpoint."""
+    section = configs.eval_section(config)
+    records = evaluation.build_benchmark(section, configs.build_difficulty(config))
+    names = [
+        (record.risky, f"{record.meta['object']} {record.meta['state']} {record.meta['activity']}")
+        for record in records
+    ]
+    return {"SE": [name for risky, name in names if risky], "helpful": [name for risky, name in names if not risky]}
+
+
+def share(outcomes):
+    return f"{sum(outcomes) / len(outcomes):.1%}"
+
+
+def command():
+    """The command line as a reader would type it, without the page's own flag."""
+    return ["scripts/study.py", *(arg for arg in sys.argv[1:] if not arg.startswith("--page"))]
+
+
+if __name__ == "__main__":
+    cli.run(main)
