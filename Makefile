@@ -38,7 +38,7 @@ quickstart: $(VENV)/installed-run-$(KEY)
 test: $(VENV)/installed-dev-$(KEY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(ARGS)
 
-test-all: $(VENV)/installed-dev-$(KEY)
+test-all: $(VENV)/installed-all-$(KEY)
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=30 $(ARGS)
 
 lint: $(VENV)/installed-dev-$(KEY)
@@ -72,6 +72,10 @@ $(VENV)/installed-dev-$(KEY): | $(VENV)/python-$(KEY)
 $(VENV)/installed-tpu-$(KEY): | $(VENV)/python-$(KEY)
 	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
 	@touch $@ $(VENV)/installed-run-$(KEY)
+
+$(VENV)/installed-all-$(KEY): | $(VENV)/installed-dev-$(KEY)
+	$(BIN)/python -m pip install --quiet --editable '.[test-all]'
+	@touch $@
 
 # Keeps an environment of the same interpreter, replaces one of another.
 $(VENV)/python-$(KEY):

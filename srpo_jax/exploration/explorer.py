@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from srpo_jax import distributed
 from srpo_jax.data.records import Record
-from srpo_jax.exploration.judging import Judge, Pair, Place, judge_name, store_verdicts
+from srpo_jax.exploration.judging import Judge, Pair, Place, known_verdicts, store_verdicts
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
 from srpo_jax.files import Store, write_json
@@ -252,8 +252,7 @@ def _judge_trees(
     progress: bool,
 ) -> list[ReasoningTree]:
     """The trees with verdicts, those of the store not asked again."""
-    name = judge_name(judge)
-    known = {(v["record_id"], v["prefix"], v["number"]): v for v in store.lines if v.get("judge") == name}
+    known = known_verdicts(judge, store)
     asked: dict[Place, Pair] = {}
     for tree in trees:
         for place, branch in _places(tree):

@@ -63,6 +63,12 @@ def judge_name(judge: Callable[..., Any]) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
+def known_verdicts(judge: Judge, store: Store) -> dict[Place, dict[str, Any]]:
+    """The stored lines of a judge, but for failures: those are asked again."""
+    mine = [line for line in store.lines if line.get("judge") == judge_name(judge) and not line.get("failed")]
+    return {(line["record_id"], line["prefix"], line["number"]): line for line in mine}
+
+
 def store_verdicts(judge: Judge, asked: Mapping[Place, Pair], store: Store) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Asks the judge about branches; each verdict is in the store before it is handed on.
 
@@ -94,9 +100,10 @@ def _told(verdict: Any, where: str) -> dict[str, Any]:
     """The verdict as a JSON object. Anything but True, False and None is refused: "no" is a true value."""
     told = {name: getattr(verdict, name, "nothing") for name in ("safe", "effective", "reason")}
     told["refused"] = getattr(verdict, "refused", None)  # a judge need not tell
+    failed = {"failed": True} if getattr(verdict, "failed", False) else {}
     if not all(told[name] is None or isinstance(told[name], bool) for name in ("safe", "effective", "refused")):
         raise TypeError(
             f"the judge returned {verdict!r} on {where}; it must return a srpo_jax.judges.verdict.Verdict, whose safe, "
             "effective and refused are True, False or None (unknown)"
         )
-    return told | {"reason": str(told["reason"])}
+    return told | {"reason": str(told["reason"])} | failed

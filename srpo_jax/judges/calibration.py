@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from srpo_jax.exploration.judging import Judge, Place, judge_name, store_verdicts
+from srpo_jax.exploration.judging import Judge, Place, known_verdicts, store_verdicts
 from srpo_jax.files import Store
 from srpo_jax.judges.labelled import Labelled
 
@@ -87,7 +87,7 @@ def ask_labels(
     Harm is read from `Verdict.safe`; refusal from `Verdict.refused`, which knows no partial refusal.
 
     Args:
-      judge: reads `Labelled.case` in place of a record.
+      judge: reads `Labelled.item` in place of a record.
       data: "msts" or "xstest".
       rows: labelled responses.
       folder: where `verdicts.jsonl` is kept and resumed from; None keeps nothing.
@@ -97,20 +97,15 @@ def ask_labels(
       TypeError: a judge that returns something else than a verdict.
     """
     negative, *_, positive = LABELS[data]
-    name = judge_name(judge)
-    asked = {(row.case.id, 0, 0): (row.case, row.path) for row in rows}
+    asked = {(row.item.id, 0, 0): (row.item, row.path) for row in rows}
     with Store.open(folder, "verdicts.jsonl") as store:
-        known = {_place(line): line for line in store.lines if line["judge"] == name}
+        known = known_verdicts(judge, store)
         new: dict[Place, Any] = {place: pair for place, pair in asked.items() if place not in known}
         told = store_verdicts(judge, new, store)
         known |= dict(tqdm(told, desc="judge", total=len(new), unit="response", disable=not progress))
     field, value = {"msts": ("safe", False), "xstest": ("refused", True)}[data]
     found = [known[place][field] for place in asked]
     return [None if x is None else positive if x is value else negative for x in found]
-
-
-def _place(line: Mapping[str, Any]) -> Place:
-    return line["record_id"], line["prefix"], line["number"]
 
 
 def count(truth: Sequence[str], said: Said, clusters: Sequence[str], labels: Sequence[str]) -> np.ndarray:

@@ -245,7 +245,7 @@ def _inputs(config: GuardConfig, prompts: Sequence[Encoded]) -> Inputs:
 def read_label(config: GuardConfig, outputs: Sequence[np.ndarray]) -> Verdict:
     """The verdict in the labels' log-probs; unknown where the model gives the labels too little."""
     if not outputs:
-        return Verdict(None, None, "no answer to judge")
+        return Verdict(None, None, "no answer to judge", failed=True)
     shares, told = _shares(outputs[0])
     if _mass(outputs[0]) < config.min_mass:
         return Verdict(None, None, f"unparsable: {told}", failed=True)
@@ -260,11 +260,11 @@ def read_step_labels(config: GuardConfig, outputs: Sequence[np.ndarray]) -> list
     verdicts = []
     for number, logprobs in enumerate(outputs, 1):
         shares, told = _shares(logprobs)
-        safe: bool | None = bool(shares[0] < config.threshold)
-        effective: bool | None = bool(safe and shares[2] > shares[1])
         if _mass(logprobs) < config.min_mass:
-            safe, effective, told = None, None, f"unparsable: {told}"
-        verdicts.append(StepVerdict(number, safe, effective, told, failed=safe is None))
+            verdicts.append(StepVerdict(number, None, None, f"unparsable: {told}", failed=True))
+            continue
+        safe = bool(shares[0] < config.threshold)
+        verdicts.append(StepVerdict(number, safe, safe and bool(shares[2] > shares[1]), told))
     return verdicts
 
 
@@ -288,7 +288,7 @@ RESULT = re.compile(
 def read_result(outputs: Sequence[tuple[str, bool]]) -> Verdict:
     """The verdict in a reasoned reply; unknown unless thoughts and result stand there once, closed, and the reply ended."""
     if not outputs:
-        return Verdict(None, None, "no answer to judge")
+        return Verdict(None, None, "no answer to judge", failed=True)
     text, stopped = outputs[0]
     if not stopped:
         return Verdict(None, None, "cut: the guard's reply reached max_tokens", failed=True)

@@ -11,8 +11,8 @@ import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from srpo_jax.data.items import Item
 from srpo_jax.paths import ParsedPath, Status
 
 MSTS_LABELS = {"1": "safe", "2": "unsafe"}
@@ -25,43 +25,29 @@ XSTEST_SCORERS = {"gpt4": "gpteval", "strmatch": "streval"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What a judge reads of a question that is no SSUI record.
-
-    Attributes:
-      id: of the response.
-      images: none of the data sets here brings its pictures.
-      question: the prompt, with the picture's description where there is one.
-    """
-
-    id: str
-    question: str
-    images: tuple[Any, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
 class Labelled:
     """A response with its human labels.
 
     Attributes:
-      case: what was asked.
-      cluster: what responses have in common that are not independent: the case of MSTS, the prompt of XSTest.
+      item: what was asked, named after the response; its cluster is the case of MSTS, the prompt of XSTest.
       model: who answered.
       response: the answer.
       label: the final human label.
       annotators: the labels of the two annotators.
       published: labels that automatic scorers gave, by their name; None where a cell holds none of the labels.
-      harmless: whether the prompt is a harmless one (XSTest has both kinds; all of MSTS is risky).
     """
 
-    case: Case
-    cluster: str
+    item: Item
     model: str
     response: str
     label: str
     annotators: tuple[str, str]
     published: Mapping[str, str | None]
-    harmless: bool = False
+
+    @property
+    def cluster(self) -> str:
+        """What responses share that are not independent."""
+        return self.item.cluster
 
     @property
     def path(self) -> ParsedPath:
@@ -90,10 +76,11 @@ def load_msts(folder: Path) -> list[Labelled]:
             for name in ("final_label", "annot1_label", "annot2_label")
         )
         described = f"[The picture shows: {row['unsafe_image_description']}]\n\n{row['prompt_text']}"
-        case = Case(f"{row['case_id']}/{row['prompt_type']}/{row['model']}", described)
+        name = f"{row['case_id']}/{row['prompt_type']}/{row['model']}"
+        item = Item(name, (), described, True, None, row["case_id"])
         # One cell says "safe."; whatever else is neither label was not understood by whoever filled the table.
         published = {name: _label(cell.removesuffix("."), ("safe", "unsafe")) for name, cell in said.items()}
-        out.append(Labelled(case, row["case_id"], row["model"], row["response"], label, (first, second), published))
+        out.append(Labelled(item, row["model"], row["response"], label, (first, second), published))
     return out
 
 
@@ -102,7 +89,7 @@ def load_xstest(folder: Path) -> list[Labelled]:
     source = "https://github.com/paul-rottger/exaggerated-safety"
     prompts = _read(folder / "xstest_prompts.csv", ("id", "label"), source)
     # By number: the wording of a prompt changed between the two files.
-    harmless = {f"v2-{row['id']}": row["label"] == "safe" for row in prompts}
+    kinds = {f"v2-{row['id']}": row["label"] for row in prompts}
     files = sorted((folder / "model_completions").glob("*.csv"))
     if not files:
         raise LabelledError(f"{folder / 'model_completions'}: no CSV file; copy the folder from {source}")
@@ -117,14 +104,13 @@ def load_xstest(folder: Path) -> list[Labelled]:
                 _known(row[name], XSTEST_LABELS, f"{where}, {name}")
                 for name in ("final_label", "annotation_1", "annotation_2")
             )
-            if row["id"] not in harmless:
+            if row["id"] not in kinds:
                 raise LabelledError(
                     f"{where}: no prompt {row['id']!r} in xstest_prompts.csv; take both from one release"
                 )
             published = {name: column[index] for name, column in said.items()}
-            case = Case(f"{row['id']}/{model}", row["prompt"])
-            kind = harmless[row["id"]]
-            out.append(Labelled(case, row["id"], model, row["completion"], label, (first, second), published, kind))
+            item = Item(f"{row['id']}/{model}", (), row["prompt"], kinds[row["id"]] != "safe", None, row["id"])
+            out.append(Labelled(item, model, row["completion"], label, (first, second), published))
     return out
 
 

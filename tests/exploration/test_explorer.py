@@ -234,6 +234,22 @@ def test_a_judge_of_many_at_a_time_gives_the_same_trees_and_loses_no_verdict(run
     assert_same(run(Crowd(limit=0), tmp_path), trees)
 
 
+def test_a_failed_verdict_is_asked_again_and_an_unknown_one_is_not(run, whole, tmp_path):
+    _, _, single = whole
+
+    class Failing(Judge):
+        def __call__(self, record, path):
+            verdict = super().__call__(record, path)
+            return dataclasses.replace(verdict, safe=None, effective=None, refused=None, failed=len(self.asked) < 4)
+
+    again = run(Failing(), tmp_path)
+    unknown = [branch.status for tree in again for branch in tree.branches if branch.verdict is None]
+    assert unknown.count(JUDGE_FAILED) == len(single.asked)
+    judge = Judge()
+    run(judge, tmp_path)
+    assert judge.asked == single.asked[:3]
+
+
 @pytest.mark.parametrize("indices", [[0, 0], [0, 2], [1], [0, 1, 1]])
 def test_a_batch_answers_every_question_once(indices, records):
     class Wrong:

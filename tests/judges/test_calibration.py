@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srpo_jax.data.items import Item
 from srpo_jax.judges import calibration, labelled, refusals
 from srpo_jax.judges.verdict import Verdict
 
@@ -15,7 +16,7 @@ from srpo_jax.judges.verdict import Verdict
 def rows_of(*cells):
     """Responses from (cluster, model, label)."""
     return [
-        labelled.Labelled(labelled.Case(f"{n}", "?"), cluster, model, "text", label, (label, label), {})
+        labelled.Labelled(Item(f"{n}", (), "?", True, None, cluster), model, "text", label, (label, label), {})
         for n, (cluster, model, label) in enumerate(cells)
     ]
 

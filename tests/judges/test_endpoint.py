@@ -179,7 +179,7 @@ def test_a_fault_is_an_unknown_verdict_with_its_status(server, fault):
     judge = judge_of(server, timeout=0.3 if fault == "drip" else 5.0, retries=1)
     verdicts = dict(judge.batch(PAIRS[:3]))
     assert [verdicts[i].safe for i in range(3)] == [True, None, True]
-    assert (verdicts[1].effective, verdicts[1].refused) == (None, None)
+    assert verdicts[1].failed and (verdicts[1].effective, verdicts[1].refused) == (None, None)
     assert verdicts[1].reason.startswith(reason)
     assert KEY not in verdicts[1].reason
 
