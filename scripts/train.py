@@ -9,10 +9,14 @@ from ml_collections import config_flags
 from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.training.loop import train
+from srpo_jax.training.progress import Profile
 from srpo_jax.training.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep the run; the same command resumes it.", required=True)
+PROFILE_STEP = flags.DEFINE_integer(
+    "profile_step", None, "Trace this update into WORKDIR/profile (TensorBoard reads it)."
+)
 
 
 def main(_):
@@ -25,7 +29,8 @@ def main(_):
     policy = configs.build_policy(config, mesh)
     records = configs.build_records(config)
     cli.say(f"{len(records)} records, mesh {dict(mesh.shape)}, policy {config.policy.path}")
-    train(policy, records, judge, run, workdir, mesh)
+    profile = None if PROFILE_STEP.value is None else Profile(PROFILE_STEP.value, workdir / "profile")
+    train(policy, records, judge, run, workdir, mesh, profile)
     cli.say(f"done: metrics, trees and checkpoints are in {workdir}; evaluate or export with --checkpoint={workdir}")
 
 

@@ -64,6 +64,13 @@ def test_two_processes_do_what_one_does(alone, pair):
     assert trees(pair) == trees(alone)
     assert_same_metrics(pair, alone)
     assert sorted(p.name for p in (pair / "checkpoints").iterdir()) == ["1", "2"]
+    times = list(read_jsonl(pair / "performance.jsonl"))
+    assert [line["step"] for line in times] == [1, 2]
+    for line in times:
+        parts = sum(line.get(part, 0.0) for part in ("explore", "judge", "data", "update", "save"))
+        assert 0 < line["data"] + line["update"] <= parts <= line["seconds"]
+        assert line["flops_per_second"] > line["tokens_per_second"] > 0
+    assert times[0]["explore"] > 0 and times[0]["compilations"] > 0 and "explore" not in times[1]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from srpo_jax import distributed
+from srpo_jax import distributed, observe
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.judging import Judge, Pair, Place, known_verdicts, store_verdicts
 from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
@@ -119,11 +119,13 @@ def explore(
         own, quiet = distributed.mine(trunks, config.trees), not (progress and distributed.is_lead())
         bar = tqdm(total=len(own), desc=f"explore round {round_}", unit="tree", disable=quiet)
         trees = []
-        for tree in _sampled(policy, params, own, config, jax.random.fold_in(key, round_), stored, branches):
-            trees.append(tree)
-            bar.update()
+        with observe.span("explore"):
+            for tree in _sampled(policy, params, own, config, jax.random.fold_in(key, round_), stored, branches):
+                trees.append(tree)
+                bar.update()
         bar.close()
-        trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet)
+        with observe.span("judge"):
+            trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet)
         if distributed.process_count() == 1:
             return trees
         stored, _ = {line["record_id"]: line for line in branches.share()}, verdicts.share()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -65,6 +65,7 @@ def step_batches(
     buffers: int = 1,
     mine: Sequence[int] | None = None,
     name: str = "batches",
+    work: Callable[[ReasoningTree], float] | None = None,
 ) -> Iterator[StepBatch]:
     """Batches of the updates `start .. stop-1`, questions drawn without replacement in an order that each epoch shuffles.
 
@@ -81,6 +82,7 @@ def step_batches(
       buffers: over which the questions of a micro-batch are spread, one or more per device.
       mine: the buffers that this process packs; None for all. `record_ids` and `counters` are those of the whole batch.
       name: tells the iterators of a job apart.
+      work: of a tree, in operations; their sum becomes the counter `flops`.
     """
     per_step = config.trees * config.accumulate
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat().batch(per_step)
@@ -94,6 +96,8 @@ def step_batches(
         trees = [trees[i] for i in balance([tree.tokens for tree in trees], count)]
         shapes = _everywhere(f"{name}/shape", step, mine, pack_shape(trees, pack, buffers=count))
         batch, counters = pack_trees(trees, pack, buffers=count, shape=PackShape.covering(shapes))
+        if work is not None:
+            counters["flops"] = sum(map(work, trees))
         split = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]), batch)
         read = _everywhere(f"{name}/read", step, mine, ([tree.trunk.record_id for tree in trees], counters))
         total = {key: sum(part[key] for _, part in read) for key in counters}

@@ -9,23 +9,24 @@ and may be killed at any moment: the same command goes on from the newest checkp
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
-from srpo_jax import distributed, preemption, sharding
+from srpo_jax import distributed, observe, preemption, sharding
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data.records import Record
 from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.flops import TreeSize, update_flops
 from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
@@ -33,9 +34,10 @@ from srpo_jax.preemption import Preempted
 from srpo_jax.training.annotate import annotate
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
 from srpo_jax.training.objective import LossConfig
+from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, make_update
-from srpo_jax.training.workdir import open_log
+from srpo_jax.training.workdir import MetricsLog, NoLog, open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
 
 
@@ -81,6 +83,7 @@ def train(
     config: RunConfig,
     workdir: str | Path,
     mesh: jax.sharding.Mesh,
+    profile: Profile | None = None,
 ) -> dict[str, Any]:
     """Trains `policy` and returns its new parameters.
 
@@ -91,6 +94,7 @@ def train(
       config: of the run.
       workdir: an open work directory (see `training.workdir`).
       mesh: from `sharding.make_mesh`.
+      profile: which update to trace, if any.
 
     Raises:
       TrainingError: a loss that is not finite, too many unknown or truncated branches, or a round without any pair.
@@ -108,6 +112,7 @@ def train(
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state, offload=offload)
         step = int(state.step)
         with open_log(workdir, last_step=step) as log:
+            progress = Progress(log, max(1, config.rounds) * config.updates)
             for round_ in range(max(1, config.rounds)):
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates
                 if step >= stop:
@@ -116,8 +121,13 @@ def train(
                 trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, at_start=step == first)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 parts, mine = sharding.batch_parts(mesh), sharding.local_parts(mesh)
-                batches = step_batches(trees, config.pack, batch, step, stop, first, parts, mine, f"round {round_}")
-                state = _round(update, state, batches, stop, config, checkpoints, log, statistics, mesh)
+                work = _work_of(policy, state, config.pack)
+                batches = step_batches(
+                    trees, config.pack, batch, step, stop, first, parts, mine, f"round {round_}", work
+                )
+                state = _round(
+                    update, state, batches, stop, config, checkpoints, log, progress, statistics, mesh, profile
+                )
                 step = int(state.step)
             return state.all_params()
 
@@ -191,34 +201,59 @@ def has_pair(tree: ReasoningTree, config: PackConfig) -> bool:
     return bool(select_pairs([b.prefix for b in branches], verdicts, config.max_pairs).any())
 
 
+def _work_of(policy: Policy, state: TrainState, pack: PackConfig) -> Callable[[ReasoningTree], float]:
+    """Operations of a tree's share of an update, on the branches that it learns from."""
+    flat, trained = sharding.flatten(state.all_params()), set(state.params)
+    shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
+
+    def work(tree: ReasoningTree) -> float:
+        used = dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0]))
+        return update_flops(policy.config, shapes, trained, TreeSize.of(used, policy.config.vision)).model.total
+
+    return work
+
+
 def _round(
-    update, state: TrainState, batches, stop: int, config: RunConfig, checkpoints, log, statistics, mesh
+    update,
+    state: TrainState,
+    batches,
+    stop: int,
+    config: RunConfig,
+    checkpoints: Checkpointer,
+    log: MetricsLog | NoLog,
+    progress: Progress,
+    statistics: Mapping[str, float],
+    mesh: jax.sharding.Mesh,
+    profile: Profile | None,
 ) -> TrainState:
     """The updates of one round."""
     learning_rates = config.optim.learning_rates()
-    quiet = not distributed.is_lead()
-    bar = tqdm(total=stop, initial=int(state.step), desc="update", unit="step", disable=quiet)
-    for batch in batches:
-        state, metrics = update(state, sharding.place_batch(batch.batches, mesh))
-        metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+    while (batch := _next(batches)) is not None:
+        step = batch.step + 1
+        with profile.at(step) if profile else contextlib.nullcontext(), observe.span("update"):
+            state, metrics = update(state, sharding.place_batch(batch.batches, mesh))
+            metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
         metrics["learning_rate"] = float(learning_rates(batch.step))
         _check_finite(metrics, batch)
-        step = batch.step + 1
         log.write(step, metrics | {f"batch/{k}": v for k, v in batch.counters.items()} | statistics)
         statistics = {}
-        bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-        bar.update()
         preemption.defer(True)
         ends = distributed.anywhere(preemption.requested())
-        if step % config.checkpoint_every == 0 or step == stop or ends:
-            checkpoints.save(step, state.moving(), _metadata(state, config))
+        with observe.span("save"):
+            if step % config.checkpoint_every == 0 or step == stop or ends:
+                checkpoints.save(step, state.moving(), _metadata(state, config))
+            if step == stop or ends:
+                checkpoints.wait()
+        progress.step(step, metrics, batch.counters)
         if ends:
-            checkpoints.wait()
             raise Preempted(f"asked to end: step {step} is saved, the same command goes on from there")
-    checkpoints.wait()
     preemption.defer(False)
-    bar.close()
     return state
+
+
+def _next(batches: Iterator[StepBatch]) -> StepBatch | None:
+    with observe.span("data"):
+        return next(batches, None)
 
 
 def _check_finite(metrics: Mapping[str, float], batch: StepBatch) -> None:

@@ -19,6 +19,7 @@ from srpo_jax.files import JsonLines, lock_folder, write_json
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
+PERFORMANCE_FILE = "performance.jsonl"
 
 _ABSENT = object()
 
@@ -77,6 +78,8 @@ class NoLog:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None: ...
 
+    def write_times(self, step: int, values: Mapping[str, float]) -> None: ...
+
 
 def open_log(workdir: str | Path, last_step: int = -1) -> contextlib.AbstractContextManager[MetricsLog | NoLog]:
     """The `MetricsLog` of a job, which its lead process writes."""
@@ -98,6 +101,7 @@ class MetricsLog:
     def __init__(self, workdir: str | Path, last_step: int = -1):
         self._lines = JsonLines(Path(workdir) / METRICS_FILE)
         self._lines.cut(lambda record: record.get("step", last_step + 1) <= last_step)
+        self._times = JsonLines(Path(workdir) / PERFORMANCE_FILE)
         # Event files are named after the second; a restart within it would overwrite the file before.
         suffix = f".{time.time_ns()}"
         self._events = SummaryWriter(str(workdir), purge_step=last_step + 1, filename_suffix=suffix)
@@ -122,6 +126,12 @@ class MetricsLog:
             if isinstance(value, int | float):
                 self._events.add_scalar(name, value, step)
 
+    def write_times(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends to `performance.jsonl`, which is never cut back: an update that was done twice took its time twice."""
+        self._times.append({"step": step, "time": time.time(), **values})
+        for name, value in values.items():
+            self._events.add_scalar(f"performance/{name}", value, step)
+
     def flush(self) -> None:
         """Hands pending TensorBoard events to the operating system; lines never wait."""
         self._events.flush()
@@ -129,6 +139,7 @@ class MetricsLog:
     def close(self) -> None:
         """Writes everything out; call once at the end."""
         self._lines.close()
+        self._times.close()
         self._events.close()
 
     def __enter__(self) -> MetricsLog:
