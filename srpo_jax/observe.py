@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 
 import jax
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
-_spans: Counter[str] = Counter()
+_spans: dict[str, float] = defaultdict(float)
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def peak_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _count(event: str, seconds: float, **_: object) -> None:
+def _count(event: str, seconds: float, **_: str | int) -> None:
     if event == _COMPILED:
         _spans["compile"] += seconds
         _spans["compilations"] += 1

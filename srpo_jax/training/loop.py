@@ -222,7 +222,7 @@ def _round(
     checkpoints: Checkpointer,
     log: MetricsLog | NoLog,
     progress: Progress,
-    statistics: Mapping[str, float],
+    statistics: dict[str, float],
     mesh: jax.sharding.Mesh,
     profile: Profile | None,
 ) -> TrainState:
