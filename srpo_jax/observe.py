@@ -36,9 +36,9 @@ def peak_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def _count(event: str, seconds: float, **_: str | int) -> None:
+def _count(event: str, duration_secs: float, **_: str | int) -> None:
     if event == _COMPILED:
-        _spans["compile"] += seconds
+        _spans["compile"] += duration_secs
         _spans["compilations"] += 1
 
 
