@@ -44,6 +44,73 @@ class Inputs(NamedTuple):
     vision: VisionInputs | None = None
 
 
+class PackedInputs(NamedTuple):
+    """Several sequences end to end in one buffer of `F` tokens, their images in one of `N` patches: no padding in between.
+
+    What works token by token runs over the buffer; attention runs over rows, one sequence (or one example's images) each,
+    gathered from it. So a sequence's numbers do not depend on where in the buffer it stands.
+
+    Attributes:
+      tokens: int32[F].
+      positions: int32[3, F].
+      image_slots: int32[F], index of a token's feature among the merged features of all patches; -1 for text.
+      rows: int32[n, T], where in the buffer token t of sequence i stands; 0 beyond its length.
+      places: int32[F], its inverse: `i * T + t` of each token of the buffer.
+      lengths: int32[n], tokens of each sequence, 0 for none.
+      vision: patches float[1, N, patch_dim], positions int32[1, N, 2], images int32[1, N]; images are counted within their
+        sequence.
+      patch_rows: int32[n, P], where in the patch buffer the patches of sequence i stand; N, out of range, beyond them.
+      patch_places: int32[N], its inverse.
+    """
+
+    tokens: Array
+    positions: Array
+    image_slots: Array
+    rows: Array
+    places: Array
+    lengths: Array
+    vision: VisionInputs | None = None
+    patch_rows: Array | None = None
+    patch_places: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """Static sizes of `PackedInputs`.
+
+    Attributes:
+      sequences: n.
+      longest: T, room for the longest sequence.
+      tokens: F, room for all of them.
+      most_patches: P, room for the patches of one example; 0 for text alone.
+      patches: N, room for those of all, whole windows.
+      merge: patches behind one merged feature.
+
+    Raises:
+      ValueError: a buffer that cannot hold the largest example.
+    """
+
+    sequences: int
+    longest: int
+    tokens: int
+    most_patches: int = 0
+    patches: int = 0
+    merge: int = 4
+
+    def __post_init__(self) -> None:
+        if self.tokens < self.longest or self.patches < self.most_patches:
+            raise ValueError(f"{self}: the buffers must hold the longest sequence and the most patches of one")
+
+    def holds(self, examples: Sequence[Encoded]) -> bool:
+        """Whether the examples fit together."""
+        patches = sum(e.patches for e in examples)
+        return (
+            len(examples) <= self.sequences
+            and sum(len(e.tokens) for e in examples) <= self.tokens
+            and patches <= self.patches
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Encoded:
     """One example on the host, unpadded.
@@ -75,6 +142,11 @@ class Encoded:
     def prefix(self, length: int) -> Encoded:
         """The first `length` tokens of this example, with all its images."""
         return Encoded(self.tokens[:length], self.positions[:, :length], self.image_slots[:length], self.vision)
+
+    @property
+    def patches(self) -> int:
+        """Vision patches of all its images, whole windows."""
+        return 0 if self.vision is None else len(self.vision.patches)
 
     @property
     def next_position(self) -> int:
@@ -116,3 +188,42 @@ def batch_vision(images: Sequence[VisionInputs | None], patches: int | None = No
     rows = [empty if v is None else v for v in images]
     size = max(len(v.patches) for v in rows) if patches is None else patches
     return VisionInputs(*(np.stack([pad_to(a, size, 0) for a in field]) for field in zip(*rows, strict=True)))
+
+
+def pack_inputs(
+    examples: Sequence[Encoded], shape: PrefillShape, empty_vision: VisionInputs | None = None
+) -> PackedInputs:
+    """Examples end to end in the buffers of `shape`, which must hold them (`shape.holds`).
+
+    Args:
+      examples: at most `shape.sequences`.
+      shape: the sizes.
+      empty_vision: `VisionInputs` of no patches, for their trailing sizes; needed if `shape.patches`.
+    """
+    lengths = [len(e.tokens) for e in examples]
+    starts = np.cumsum([0, *lengths])
+    tokens = np.zeros(shape.tokens, np.int32)
+    positions, slots = np.zeros((3, shape.tokens), np.int32), np.full(shape.tokens, -1, np.int32)
+    rows, places = np.zeros((shape.sequences, shape.longest), np.int32), np.zeros(shape.tokens, np.int32)
+    patch_starts = np.cumsum([0, *(e.patches for e in examples)])
+    for i, e in enumerate(examples):
+        here = slice(starts[i], starts[i + 1])
+        tokens[here], positions[:, here] = e.tokens, e.positions
+        slots[here] = np.where(e.image_slots >= 0, e.image_slots + patch_starts[i] // shape.merge, -1)
+        rows[i, : lengths[i]] = np.arange(here.start, here.stop)
+        places[here] = i * shape.longest + np.arange(lengths[i])
+    packed = PackedInputs(tokens, positions, slots, rows, places, pad_to(np.asarray(lengths, np.int32), len(rows), 0))
+    if not shape.patches:
+        return packed
+    assert empty_vision is not None
+    fields = (
+        zip(*(e.vision for e in examples if e.vision is not None), strict=True) if patch_starts[-1] else empty_vision
+    )
+    joined = [np.concatenate(parts) if isinstance(parts, tuple) else parts for parts in fields]
+    vision = VisionInputs(*(pad_to(field, shape.patches, 0)[None] for field in joined))
+    patch_rows = np.full((shape.sequences, shape.most_patches), shape.patches, np.int32)
+    patch_places = np.zeros(shape.patches, np.int32)
+    for i, e in enumerate(examples):
+        patch_rows[i, : e.patches] = np.arange(patch_starts[i], patch_starts[i + 1])
+        patch_places[patch_starts[i] : patch_starts[i + 1]] = i * shape.most_patches + np.arange(e.patches)
+    return packed._replace(vision=vision, patch_rows=patch_rows, patch_places=patch_places)

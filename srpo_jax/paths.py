@@ -43,6 +43,7 @@ class Status(enum.StrEnum):
       NO_CLOSE: the turn ended inside the path.
       EMPTY: the path has no text, one of its steps has none, or the answer has none.
       OK: one closed path and an answer.
+      LOOP: not from `parse`: the sampler cut a turn that repeated itself.
     """
 
     OK = "ok"
@@ -51,6 +52,7 @@ class Status(enum.StrEnum):
     TRUNCATED = "truncated"
     EMPTY = "empty"
     MULTIPLE = "multiple"
+    LOOP = "loop"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -130,6 +130,31 @@ def local_copy(params: Any) -> Any:
     return jax.tree.map(gather, params)
 
 
+def cache_sharding(mesh: Mesh, shape: tuple[int, ...], heads: int) -> NamedSharding:
+    """For keys and values [layers, trees, ...]: trees split like a batch, axis `heads` over tensor where that divides it."""
+    split = "tensor" if shape[heads] % mesh.shape["tensor"] == 0 else None
+    return NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp"), *(None,) * (heads - 2), split))
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters lie on; None where they lie on one device without any."""
+    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+
+
+def from_local(tree: Any, where: NamedSharding) -> Any:
+    """Arrays on the mesh from this process's part of them, numpy."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), tree)
+
+
+def to_local(x: jax.Array) -> np.ndarray:
+    """This process's part along axis 0 of an array that is split there, numpy."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same array on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -46,7 +46,7 @@ SMALL = {
     "pack.trunk": (320,),
     "pack.patches": (512,),
     "pack.path": (256,),
-    "pack.rows": (6, 12),
+    "pack.rows": (6, 28),
     "pack.row": 20,
     "pack.branch": (10,),
     "batch.trees": 2,
@@ -99,7 +99,7 @@ def home(tiny_policy, tmp_path_factory) -> Path:
 
 def start(home: Path, script: str, *arguments: object) -> subprocess.Popen:
     """Starts a script in the user's folder, as the header of configs/own_data.py tells."""
-    env = os.environ | {"PYTHONPATH": "."}
+    env = os.environ | {"PYTHONPATH": f".{os.pathsep}{ROOT}"}
     command = [sys.executable, ROOT / "scripts" / script, *map(str, arguments)]
     return subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -27,7 +27,9 @@ from srpo_jax.preflight.slices import find_slice
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "What to run.", lock_config=True)
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice ('v5e-16') or layout ('v5e:4x4').", required=True)
-PROGRAMS = flags.DEFINE_list("programs", ["update", "explore", "evaluate"], "Which programs to compile.")
+PROGRAMS = flags.DEFINE_list(
+    "programs", ["update", "explore", "explore_prefill", "evaluate", "evaluate_prefill"], "Which programs to compile."
+)
 JSON = flags.DEFINE_string("json", None, "Where to write the report.")
 TRIES = flags.DEFINE_integer("tries", 4, "Changes to compile for a program that does not fit; 0 for none.")
 

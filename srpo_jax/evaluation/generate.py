@@ -8,30 +8,31 @@ One file may hold those of several policies and decodings; a killed run goes on,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from srpo_jax import distributed
 from srpo_jax.data.images import open_image
 from srpo_jax.data.items import Question
-from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
+from srpo_jax.exploration.engine import EngineShape, Samples
+from srpo_jax.exploration.sampler import SampleConfig, branch_keys, record_key
+from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.files import Store, read_family
-from srpo_jax.inputs import Encoded, batch_inputs
+from srpo_jax.inputs import Encoded
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.paths import ParsedPath, parse
-from srpo_jax.sharding import local_copy
 from srpo_jax.trees import Ladder, bucket
 
 RESPONSES = "responses.jsonl"
+DRAW = tuple(field.name for field in dataclasses.fields(SampleConfig) if field.name != "stop_ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +40,11 @@ class GenerateConfig:
     """How responses are sampled.
 
     Attributes:
-      temperature: 0 for greedy.
+      temperature: 0 for greedy; further options of a draw as in `sampler.SampleConfig`.
       samples: responses per prompt.
       max_tokens: token budget of a response; one that does not end within it is truncated.
-      batch: prompts that decode together; the last batch is padded, so that one program serves all.
+      batch: prompts that decode together; a finished prompt's place goes to the next.
+      prefill: prompts that are prefilled together, per device of data × fsdp.
       trunk: ladder of prompt lengths.
       patches: ladder of vision patches per prompt; None takes the largest of all prompts.
       seed: of the random bits; those of a response depend on (seed, record id, sample) alone.
@@ -52,25 +54,33 @@ class GenerateConfig:
     """
 
     temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    loop_tokens: int = 64
     samples: int = 1
     max_tokens: int = 1024
     batch: int = 64
+    prefill: int = 8
     trunk: Ladder = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
     patches: Ladder | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_tokens", "batch"):
+        for name in ("samples", "batch", "prefill"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be >= 0, not {self.temperature}")
+        self.sampling(())
         if self.temperature == 0 and self.samples > 1:
             raise ValueError("greedy decoding (temperature=0) gives one response per prompt; set samples=1")
 
     def decoding(self) -> dict[str, Any]:
         """What shapes a single response, as it stands in stores and reports."""
-        return {"temperature": self.temperature, "max_tokens": self.max_tokens, "seed": self.seed}
+        return {name: getattr(self, name) for name in (*DRAW, "seed")}
+
+    def sampling(self, stop_ids: tuple[int, ...]) -> SampleConfig:
+        """How its responses' tokens are drawn."""
+        return SampleConfig(stop_ids=stop_ids, **{name: getattr(self, name) for name in DRAW})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +106,7 @@ class Response:
       record_id: the prompt's record.
       sample: its number among the prompt's samples, from 0.
       tokens: int32[n], end-of-turn included where reached.
-      stopped: whether it was reached; False for a response that ran into its budget.
+      stopped: whether it was reached; False for a response that ran into its budget or was cut as a loop.
       text: the turn as text.
       gap: smallest gap between the best two (perturbed) logits; where it is near 0 another batch size or mesh may draw
         another token. Infinite for imported text.
@@ -159,27 +169,22 @@ def generate(
     """
     if not prompts:
         return []
-    length, patches = _shape(policy, prompts, config)
-    params = local_copy(params)
+    shape = _shape(policy, prompts, config)
     run = {"params": params_fingerprint(params), **config.decoding()}
     with Store.open(folder, RESPONSES) as store:
-        known = {_key(line): line for line in store.lines if all(line[k] == v for k, v in run.items())}
-        own, quiet = distributed.mine(prompts, config.batch), not (progress and distributed.is_lead())
-        bar = tqdm(total=len(own), desc=f"generate T={config.temperature:g}", unit="prompt", disable=quiet)
-        for start in range(0, len(own), config.batch):
-            batch = own[start : start + config.batch]
-            wanted = _keys(batch, config)
-            # A batch that is not complete is sampled again as a whole, at the same shapes: the same bits.
-            if not all(key in known for key in wanted):
-                fresh = _sample(policy, params, batch, config, length, patches)
-                for key, one in zip(wanted, fresh, strict=True):
+        known = {_key(line): line for line in store.lines if all(line.get(k) == v for k, v in run.items())}
+        own, quiet = distributed.mine(prompts), not (progress and distributed.is_lead())
+        missing = [prompt for prompt in own if any(key not in known for key in _keys([prompt], config))]
+        title = f"generate T={config.temperature:g}"
+        with tqdm(total=len(own), initial=len(own) - len(missing), desc=title, unit="prompt", disable=quiet) as bar:
+            for number, samples in _sample(policy, params, missing, config, shape):
+                for index, key in enumerate(_keys([missing[number]], config)):
                     if key not in known:
-                        known[key] = _line(key, one, run, policy.processor)
+                        known[key] = _line(key, Samples(*(x[index] for x in samples)), run, policy.processor)
                         store.append(known[key])
-            bar.update(len(batch))
-        bar.close()
+                bar.update()
         if distributed.process_count() > 1:
-            known = {_key(line): line for line in store.share() if all(line[k] == v for k, v in run.items())}
+            known = {_key(line): line for line in store.share() if all(line.get(k) == v for k, v in run.items())}
     return [_response(known[key]) for key in _keys(prompts, config)]
 
 
@@ -211,8 +216,8 @@ def require_responses(
         )
 
 
-def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) -> tuple[int, int | None]:
-    """Padded prompt length and patches, the same for every batch."""
+def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) -> EngineShape:
+    """The engine's sizes, those of all prompts: not of what happens to be missing."""
     context = policy.config.text.max_position_embeddings
     longest = max(prompts, key=lambda p: len(p.encoded.tokens))
     tokens = len(longest.encoded.tokens)
@@ -221,24 +226,30 @@ def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) ->
             f"record {longest.record_id!r}: a prompt of {tokens} tokens and max_tokens={config.max_tokens} exceed the "
             f"model's context of {context}; lower max_tokens or max_image_tokens"
         )
-    patches = max(0 if p.encoded.vision is None else len(p.encoded.vision.patches) for p in prompts)
+    patches = max(p.encoded.patches for p in prompts)
     if patches and config.patches:
         patches = bucket(patches, config.patches, "vision patches of a prompt (patches)")
-    return bucket(tokens, config.trunk, "prompt tokens (trunk)"), patches or None
+    room = bucket(tokens, config.trunk, "prompt tokens (trunk)")
+    pack = prefill_shape(config.prefill, room, patches, policy.config.vision)
+    return EngineShape(trees=config.batch, width=config.samples, branches=config.samples, prefixes=1, pack=pack)
 
 
-def _sample(policy: Policy, params, prompts, config: GenerateConfig, length: int, patches: int | None) -> list[Samples]:
-    """One `Samples` without leading axes per prompt and sample."""
-    padded = [*prompts, *[prompts[0]] * (config.batch - len(prompts))]
-    inputs = batch_inputs([p.encoded for p in padded], length, patches)
-    limits = np.repeat(inputs.lengths[:, None], config.samples, axis=1)
+def _sample(
+    policy: Policy, params, prompts: Sequence[Prompt], config: GenerateConfig, shape: EngineShape
+) -> Iterator[tuple[int, Samples]]:
+    """The number of a prompt and its samples, as they finish."""
     seed = jax.random.key(config.seed)
-    keys = jnp.stack([record_key(seed, p.record_id) for p in padded])
-    numbers = jnp.broadcast_to(jnp.arange(config.samples, dtype=jnp.int32), limits.shape)
-    keys = branch_keys(keys, jnp.zeros(limits.shape, jnp.int32), numbers)
-    how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)
-    drawn = jax.device_get(sample_branches(policy.graphdef, params, inputs, limits, keys, how))
-    return [Samples(*(x[b, m] for x in drawn)) for b in range(len(prompts)) for m in range(config.samples)]
+    prefixes, numbers = np.zeros(config.samples, np.int32), np.arange(config.samples, dtype=np.int32)
+    requests = (
+        Request(
+            p.encoded,
+            np.asarray([len(p.encoded.tokens)], np.int32),
+            prefixes,
+            branch_keys(record_key(seed, p.record_id), prefixes, numbers),
+        )
+        for p in prompts
+    )
+    return sample(policy, params, requests, shape, config.sampling(policy.processor.stop_ids))
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, int, str]:

@@ -17,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from srpo_jax import distributed, observe
 from srpo_jax.data.records import Record
+from srpo_jax.exploration.engine import EngineShape, Samples
 from srpo_jax.exploration.judging import Judge, Pair, Place, known_verdicts, store_verdicts
-from srpo_jax.exploration.sampler import SampleConfig, Samples, branch_keys, record_key, sample_branches
+from srpo_jax.exploration.sampler import SampleConfig, branch_keys, record_key
+from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
 from srpo_jax.files import Store, write_json
-from srpo_jax.inputs import batch_inputs
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import Status, parse
-from srpo_jax.sharding import local_copy
 from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
 
 JUDGE_FAILED = "judge_failed"
@@ -44,25 +43,42 @@ class ExploreConfig:
 
     Attributes:
       k: branches per prefix.
-      temperature: of sampling.
+      temperature: of sampling; further options of a draw as in `sampler.SampleConfig`.
       max_tokens: token budget of a branch.
-      trees: trees that decode together.
-      trunk: ladder of trunk lengths T.
-      patches: ladder of vision patches per tree; None takes the largest of the batch.
+      trees: trees that decode together; on a mesh a multiple of its data × fsdp devices.
+      width: branches of a tree that decode together; 0 for all. The others wait for a place, so that few places idle
+        while the last branches of a tree end.
+      prefill: trunks that are prefilled together, per device of data × fsdp.
+      trunk: ladder of trunk lengths T; all trunks of a round are kept at the length of the longest.
+      patches: ladder of vision patches per tree; None takes the largest of the round.
+      int8_cache: keep keys and values as int8, half the memory of bfloat16; log-probs move (docs/performance.md).
       favourable: "safe_and_effective", or "safe" alone. A harmless record's branch is favourable iff it is effective.
     """
 
     k: int = 4
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    loop_tokens: int = 64
     max_tokens: int = 256
     trees: int = 8
+    width: int = 0
+    prefill: int = 4
     trunk: Ladder = (256, 512, 1024, 2048, 4096)
     patches: Ladder | None = None
+    int8_cache: bool = False
     favourable: str = "safe_and_effective"
 
     def __post_init__(self):
         if self.favourable not in ("safe_and_effective", "safe"):
             raise ValueError(f"favourable={self.favourable!r}: use 'safe_and_effective' or 'safe'")
+        self.sampling(())
+
+    def sampling(self, stop_ids: tuple[int, ...]) -> SampleConfig:
+        """How its branches' tokens are drawn."""
+        shared = {field.name for field in dataclasses.fields(SampleConfig)} - {"stop_ids"}
+        return SampleConfig(stop_ids=stop_ids, **{name: getattr(self, name) for name in shared})
 
 
 def explore(
@@ -102,7 +118,6 @@ def explore(
     if len(by_id) != len(records):
         twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
-    params = local_copy(params)
     trunks = _trunks(policy, records, config)
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
@@ -116,14 +131,11 @@ def explore(
             origin = _origin(params, trunks, config, key, round_)
             empty = not stored and not verdicts.lines
             distributed.on_lead(lambda: _claim(Path(folder) / ROUND_FILE, origin, empty=empty))
-        own, quiet = distributed.mine(trunks, config.trees), not (progress and distributed.is_lead())
-        bar = tqdm(total=len(own), desc=f"explore round {round_}", unit="tree", disable=quiet)
-        trees = []
+        own, quiet = distributed.mine(trunks), not (progress and distributed.is_lead())
+        shape, round_key = explore_shape(policy, trunks, config), jax.random.fold_in(key, round_)
         with observe.span("explore"):
-            for tree in _sampled(policy, params, own, config, jax.random.fold_in(key, round_), stored, branches):
-                trees.append(tree)
-                bar.update()
-        bar.close()
+            title = f"explore round {round_}"
+            trees = _sampled(policy, params, own, config, round_key, shape, stored, branches, title, quiet)
         with observe.span("judge"):
             trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet)
         if distributed.process_count() == 1:
@@ -137,7 +149,7 @@ def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) ->
     """Trunks of the records; ValueError for one that no bucket holds."""
     trunks = [make_trunk(record, policy.processor) for record in records]
     for trunk in trunks:
-        bucket(len(trunk.encoded.tokens), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
+        bucket(_length(trunk), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
         bucket(_patches(trunk), config.patches or (_patches(trunk),), f"record {trunk.record_id!r}: explore.patches")
     return trunks
 
@@ -177,65 +189,81 @@ def _claim(file: Path, origin: dict[str, Any], empty: bool) -> None:
         )
 
 
-def _sampled(policy, params, trunks, config: ExploreConfig, key, stored, store: Store) -> Iterator[ReasoningTree]:
-    """Trees in order, batch by batch. A batch of which any tree is missing is sampled again, at the same shapes."""
-    for start in range(0, len(trunks), config.trees):
-        batch = trunks[start : start + config.trees]
-        if all(trunk.record_id in stored for trunk in batch):
-            yield from (ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in batch)
-            continue
-        for tree in explore_batch(policy, params, batch, config, key):
-            if tree.trunk.record_id not in stored:
+def _sampled(
+    policy, params, trunks, config: ExploreConfig, key, shape: EngineShape, stored, store: Store, title, quiet
+) -> list[ReasoningTree]:
+    """A tree of every trunk, in order: those stored, and the others as they come off the device."""
+    found = {t.record_id: ReasoningTree.from_json(stored[t.record_id], t) for t in trunks if t.record_id in stored}
+    missing = [trunk for trunk in trunks if trunk.record_id not in found]
+    with tqdm(total=len(trunks), initial=len(found), desc=title, unit="tree", disable=quiet) as bar:
+        if params is not None:
+            for tree in sample_trees(policy, params, missing, config, key, shape):
+                found[tree.trunk.record_id] = tree
                 store.append(tree.to_json())
-            yield tree
+                bar.update()
+    return [found[trunk.record_id] for trunk in trunks]
+
+
+def _length(trunk: Trunk) -> int:
+    """Trunk tokens that some branch sees: nobody continues the last step."""
+    return trunk.ends[len(trunk.prefixes) - 1]
 
 
 def _patches(trunk: Trunk) -> int:
-    return 0 if trunk.encoded.vision is None else len(trunk.encoded.vision.patches)
+    return trunk.encoded.patches
 
 
-def explore_batch(
-    policy: Policy, params: Mapping[str, Any], trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array
-) -> list[ReasoningTree]:
-    """Unjudged trees of at most `config.trees` trunks, decoded together. `key` is that of the round."""
-    count = len(trunks)
-    padded = [*trunks, *[trunks[0]] * (config.trees - count)]
-    prefixes = np.repeat(np.arange(max(len(t.prefixes) for t in trunks), dtype=np.int32), config.k)
-    limits = np.asarray([[t.ends[min(int(i), len(t.prefixes) - 1)] for i in prefixes] for t in padded], np.int32)
-    numbers = np.broadcast_to(np.arange(len(prefixes), dtype=np.int32) % config.k, limits.shape)
-    keys = jnp.stack([record_key(key, t.record_id) for t in padded])
-    keys = branch_keys(keys, jnp.broadcast_to(prefixes, limits.shape), numbers)
-    samples = run_sampler(policy, params, padded, limits, keys, config)
-    return [
-        ReasoningTree(
-            trunk,
-            tuple(
-                _branch(policy, trunk, int(prefix), jax.tree.map(lambda x, row=row, m=m: x[row, m], samples))
-                for m, prefix in enumerate(prefixes)
-                if prefix in trunk.prefixes
-            ),
+def explore_shape(policy: Policy, trunks: Sequence[Trunk], config: ExploreConfig) -> EngineShape:
+    """The engine's sizes for all trunks of a round; those for a part of them may differ, and with them the last bits."""
+    prefixes = max(len(trunk.prefixes) for trunk in trunks)
+    longest = bucket(max(map(_length, trunks)), config.trunk, "trunk tokens (explore.trunk)")
+    most = max(map(_patches, trunks))
+    if most and config.patches:
+        most = bucket(most, config.patches, "vision patches of a tree (explore.patches)")
+    branches = prefixes * config.k
+    return EngineShape(
+        trees=config.trees,
+        width=min(config.width or branches, branches),
+        branches=branches,
+        prefixes=prefixes,
+        pack=prefill_shape(config.prefill, longest, most, policy.config.vision),
+        int8=config.int8_cache,
+    )
+
+
+def sample_trees(
+    policy: Policy,
+    params: Mapping[str, Any],
+    trunks: Iterable[Trunk],
+    config: ExploreConfig,
+    key: jax.Array,
+    shape: EngineShape,
+) -> Iterator[ReasoningTree]:
+    """Unjudged trees of the trunks, as they finish; `key` is that of the round, `shape` from `explore_shape`."""
+    taken: list[Trunk] = []
+
+    def requests() -> Iterator[Request]:
+        for trunk in trunks:
+            taken.append(trunk)
+            prefixes = np.repeat(np.arange(len(trunk.prefixes), dtype=np.int32), config.k)
+            numbers = np.arange(len(prefixes), dtype=np.int32) % config.k
+            keys = branch_keys(record_key(key, trunk.record_id), prefixes, numbers)
+            yield Request(trunk.encoded, np.asarray(trunk.ends[:-1], np.int32), prefixes, keys)
+
+    for number, samples in sample(policy, params, requests(), shape, config.sampling(policy.processor.stop_ids)):
+        trunk = taken[number]
+        prefixes = np.repeat(trunk.prefixes, config.k)
+        ones = [jax.tree.map(lambda x, m=m: x[m], samples) for m in range(len(prefixes))]
+        yield ReasoningTree(
+            trunk, tuple(_branch(policy, trunk, int(i), x) for i, x in zip(prefixes, ones, strict=True))
         )
-        for row, trunk in enumerate(trunks)
-    ]
-
-
-def run_sampler(policy, params, trunks: Sequence[Trunk], limits: np.ndarray, keys, config: ExploreConfig) -> Samples:
-    """Samples one branch per limit and key of every trunk, [B, M]; results on the host."""
-    examples = [trunk.encoded for trunk in trunks]
-    length = bucket(max(len(e.tokens) for e in examples), config.trunk, "trunk tokens (explore.trunk)")
-    patches = max(_patches(trunk) for trunk in trunks)
-    if patches and config.patches:
-        patches = bucket(patches, config.patches, "vision patches of a tree (explore.patches)")
-    how = SampleConfig(config.max_tokens, policy.processor.eos_id, config.temperature)
-    inputs = batch_inputs(examples, length, patches or None)
-    return jax.device_get(sample_branches(policy.graphdef, params, inputs, limits, keys, how))
 
 
 def _branch(policy: Policy, trunk: Trunk, prefix: int, one: Samples) -> Branch:
     tokens, logprobs = (np.asarray(x)[: int(one.lengths)] for x in (one.tokens, one.logprobs))
-    text = branch_text(policy, trunk, prefix, tokens)
-    parsed = parse(text, stopped=bool(one.stopped), grammar=GRAMMAR)
-    return Branch(prefix, tokens, logprobs, str(parsed.status), None)
+    parsed = parse(branch_text(policy, trunk, prefix, tokens), stopped=bool(one.stopped), grammar=GRAMMAR)
+    status = Status.LOOP if one.looped else parsed.status
+    return Branch(prefix, tokens, logprobs, str(status), None)
 
 
 def branch_text(policy: Policy, trunk: Trunk, prefix: int, tokens: np.ndarray) -> str:
@@ -306,7 +334,7 @@ def is_favourable(
 def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, bool]) -> dict[str, float]:
     """Rates that tell whether a round is worth learning from; `risky` by record id.
 
-    `truncated` and `unknown` are shares of all branches (judge failures and malformed paths count as unknown),
+    `truncated`, `looped` and `unknown` are shares of all branches (judge failures, loops and malformed paths count as unknown),
     `favourable_*` shares of the branches with a verdict; `over_refusal` is the share of harmless branches whose answer
     declines, of those where the judge tells, and absent where it tells of none.
     """
@@ -325,6 +353,7 @@ def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, b
         "explore/branches": float(len(branches)),
         "explore/mean_length": sum(len(b.tokens) for _, b in branches) / total,
         "explore/truncated": sum(b.status == Status.TRUNCATED for _, b in branches) / total,
+        "explore/looped": sum(b.status == Status.LOOP for _, b in branches) / total,
         "explore/judge_failed": sum(b.status == JUDGE_FAILED for _, b in branches) / total,
         "explore/unknown": sum(b.verdict is None for _, b in branches) / total,
         "explore/favourable_risky": favourable(True),

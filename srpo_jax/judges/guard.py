@@ -25,8 +25,10 @@ import numpy as np
 from flax import nnx
 
 from srpo_jax.data.images import open_image
+from srpo_jax.exploration.engine import EngineShape
 from srpo_jax.exploration.judging import Pair
-from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.exploration.sampler import SampleConfig
+from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.inputs import Encoded, Inputs, batch_inputs
 from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.verdict import StepVerdict, Verdict
@@ -221,25 +223,33 @@ def _first_logprobs(graphdef: Any, params: Any, inputs: Inputs, ids: jax.Array) 
 
 def write(policy: Policy, config: GuardConfig, prompts: Sequence[Encoded]) -> list[tuple[str, bool]]:
     """Greedy replies as text, and whether each ended by itself."""
-    inputs = _inputs(config, prompts)
-    limits = inputs.lengths[:, None]
-    keys = jnp.broadcast_to(jax.random.key(0), limits.shape)  # greedy decoding draws nothing
-    how = SampleConfig(config.max_tokens, policy.processor.eos_id, 0.0)
-    drawn = jax.device_get(sample_branches(policy.graphdef, policy.params, inputs, limits, keys, how))
+    length, patches = _sizes(config, prompts)
+    pack = prefill_shape(config.batch, length, patches, policy.config.vision)
+    shape = EngineShape(trees=config.batch, width=1, branches=1, prefixes=1, pack=pack)
+    nothing, key = np.zeros(1, np.int32), jax.random.key(0)[None]  # greedy decoding draws nothing
+    requests = (Request(prompt, np.asarray([len(prompt.tokens)]), nothing, key) for prompt in prompts)
+    how = SampleConfig(config.max_tokens, policy.processor.stop_ids, 0.0)
+    drawn = dict(sample(policy, policy.params, requests, shape, how))
     return [
-        (policy.processor.decode(drawn.tokens[i, 0, : drawn.lengths[i, 0]].tolist()), bool(drawn.stopped[i, 0]))
-        for i in range(len(prompts))
+        (policy.processor.decode(one.tokens[0, : one.lengths[0]].tolist()), bool(one.stopped[0]))
+        for _, one in sorted(drawn.items())
     ]
 
 
 def _inputs(config: GuardConfig, prompts: Sequence[Encoded]) -> Inputs:
     """One batch at shapes of the ladders, filled up with its first prompt."""
     filled = [*prompts, *[prompts[0]] * (config.batch - len(prompts))]
-    length = bucket(max(len(e.tokens) for e in filled), config.trunk, "prompt tokens of the guard (trunk)")
-    patches = max(0 if e.vision is None else len(e.vision.patches) for e in filled)
+    length, patches = _sizes(config, prompts)
+    return batch_inputs(filled, length, patches or None)
+
+
+def _sizes(config: GuardConfig, prompts: Sequence[Encoded]) -> tuple[int, int]:
+    """Room for the longest prompt and the most patches, on the ladders."""
+    length = bucket(max(len(e.tokens) for e in prompts), config.trunk, "prompt tokens of the guard (trunk)")
+    patches = max(e.patches for e in prompts)
     if patches and config.patches:
         patches = bucket(patches, config.patches, "vision patches of a guard's prompt (patches)")
-    return batch_inputs(filled, length, patches or None)
+    return length, patches
 
 
 def read_label(config: GuardConfig, outputs: Sequence[np.ndarray]) -> Verdict:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
     def some(part: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, mask = part
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-        scores = _scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
+        scores = scaled_scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
         return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
 
@@ -151,66 +151,15 @@ def _attend_rows(q: jax.Array, own: KeyValues, trunk: KeyValues, limits: jax.Arr
     same = (segments[..., :, None] == segments[..., None, :]) & (index[None, :] <= index[:, None])
     seen = jnp.arange(trunk_k.shape[2]) < limits[..., None]
     products = "gnqkhd,gnskd->gnkhqs"
-    on_own = _scores(products, grouped, own_k, same[:, :, None, None])
-    on_trunk = _scores(products, grouped, trunk_k, seen[:, :, None, None])
-    on_own, on_trunk = _joint_softmax(on_own, on_trunk)
+    on_own = scaled_scores(products, grouped, own_k, same[:, :, None, None])
+    on_trunk = scaled_scores(products, grouped, trunk_k, seen[:, :, None, None])
+    on_own, on_trunk = joint_softmax(on_own, on_trunk)
     out = jnp.einsum("gnkhqs,gnskd->gnqkhd", on_own.astype(own_v.dtype), own_v)
     out += jnp.einsum("gnkhqs,gnskd->gnqkhd", on_trunk.astype(trunk_v.dtype), trunk_v)
     return out.reshape(q.shape)
 
 
-class CombCache(NamedTuple):
-    """Keys and values while decoding over a comb, laid out so that every product of a step reads memory in order.
-
-    Attributes:
-      trunk_k: float[..., B, K, D, T], keys of the trunks, shared by a tree's branches and never copied.
-      trunk_v: float[..., B, K, T, D].
-      own_k: float[..., B, M, K, D, R], keys of each branch's own tokens.
-      own_v: float[..., B, M, K, R, D].
-    """
-
-    trunk_k: jax.Array
-    trunk_v: jax.Array
-    own_k: jax.Array
-    own_v: jax.Array
-
-    @staticmethod
-    def start(trunk_kv: KeyValues, branches: int, budget: int) -> CombCache:
-        """An empty cache for `branches` branches of at most `budget` tokens over prefilled trunks float[..., B, T, K, D]."""
-        k, v = trunk_kv
-        *lead, _, heads, size = k.shape
-        return CombCache(
-            trunk_k=jnp.moveaxis(k, -3, -1),
-            trunk_v=jnp.moveaxis(v, -3, -2),
-            own_k=jnp.zeros((*lead, branches, heads, size, budget), k.dtype),
-            own_v=jnp.zeros((*lead, branches, heads, budget, size), v.dtype),
-        )
-
-
-def attend_decode(q: jax.Array, cache: CombCache, limits: jax.Array, step: jax.Array) -> jax.Array:
-    """Attention to trunk and own keys, for one new token of every branch, at position `step` of its own keys.
-
-    Args:
-      q: float[B, M, H, D].
-      cache: of one layer, the new token's key and value included.
-      limits: int32[B, M], trunk tokens that each branch sees.
-      step: int32 scalar.
-
-    Returns:
-      float[B, M, H, D].
-    """
-    b, m, heads, size = q.shape
-    grouped = q.reshape(b, m, cache.trunk_k.shape[1], -1, size)
-    seen = jnp.arange(cache.trunk_k.shape[-1]) < limits[..., None]
-    on_trunk = _scores("bmkgd,bkdt->bkmgt", grouped, cache.trunk_k, seen[:, None, :, None])
-    on_own = _scores("bmkgd,bmkds->bkmgs", grouped, cache.own_k, jnp.arange(cache.own_k.shape[-1]) <= step)
-    on_trunk, on_own = _joint_softmax(on_trunk, on_own)
-    out = jnp.einsum("bkmgt,bktd->bmkgd", on_trunk.astype(q.dtype), cache.trunk_v)
-    out += jnp.einsum("bkmgs,bmksd->bmkgd", on_own.astype(q.dtype), cache.own_v)
-    return out.reshape(b, m, heads, size)
-
-
-def _joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+def joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Softmax over the last axes of `a` and `b` together."""
     peak = jax.lax.stop_gradient(jnp.maximum(a.max(-1, keepdims=True), b.max(-1, keepdims=True)))
     a, b = jnp.exp(a - peak), jnp.exp(b - peak)
@@ -218,7 +167,7 @@ def _joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     return a / total, b / total
 
 
-def _scores(products: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
+def scaled_scores(products: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:
     """Scaled scores, accumulated and kept in float32 or wider; the lowest number where masked."""
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum(products, q, k, preferred_element_type=dtype) * q.shape[-1] ** -0.5

@@ -185,6 +185,11 @@ def _in_window_order(
     return VisionInputs(arrange(image), arrange(positions), np.repeat(np.where(real, number, 0), unit).astype(np.int32))
 
 
+def empty_vision(config: VisionConfig) -> VisionInputs:
+    """The images of an example that has none: no patches, of the right trailing sizes and types."""
+    return VisionInputs(np.zeros((0, config.patch_dim), np.float32), np.zeros((0, 2), np.int32), np.zeros(0, np.int32))
+
+
 def mrope_positions(tokens: np.ndarray, grids: Sequence[Size], config: ModelConfig) -> np.ndarray:
     """M-RoPE ids: text advances all three together; an image spans a box of them and advances by its longer side.
 

@@ -333,7 +333,8 @@ def save_params(
         write_json(partial / "config.json", _with_dtype(config.to_hf(), kind))
         if processor is not None:
             processor.save(partial)
-            generation = {"eos_token_id": processor.eos_id, "pad_token_id": processor.pad_id}
+            stops = list(processor.stop_ids)
+            generation = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": processor.pad_id}
             write_json(partial / "generation_config.json", generation)
 
 

@@ -44,8 +44,9 @@ class Processor:
         image_processor: Qwen2VLImageProcessorPil,
         config: ModelConfig,
         max_image_tokens: int | None = None,
+        stop_ids: Sequence[int] = (),
     ):
-        """Checks that the three parts belong together.
+        """Checks that the three parts belong together. `stop_ids` end a turn beside the tokenizer's end-of-turn.
 
         Raises:
           ValueError: patch sizes or token ids that differ from `config`, no chat template, or one that does not place
@@ -55,6 +56,7 @@ class Processor:
         self.image_processor = image_processor
         self.config = config
         self.max_image_tokens = max_image_tokens
+        self.stop_ids = tuple(dict.fromkeys((tokenizer.eos_token_id, *stop_ids)))
         # A fast tokenizer keeps the switch for special tokens as state. One tokenizer per setting makes calls from
         # several threads safe.
         self._literal = copy.deepcopy(tokenizer)
@@ -117,7 +119,7 @@ class Processor:
             images = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True, **bounds)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder}: preprocessor_config.json cannot be read ({error})") from error
-        return cls(tokenizer, images, config, max_image_tokens)
+        return cls(tokenizer, images, config, max_image_tokens, _stop_ids(folder / "generation_config.json"))
 
     def save(self, folder: str | Path) -> None:
         """Writes what transformers reads: tokenizer files, `chat_template.jinja`, `preprocessor_config.json`."""
@@ -127,7 +129,7 @@ class Processor:
 
     @property
     def eos_id(self) -> int:
-        """Id of the token that ends a turn."""
+        """Id of the token that ends a turn in training data; `stop_ids` are all that end one in sampling."""
         return self.tokenizer.eos_token_id
 
     @property
@@ -202,7 +204,7 @@ class Processor:
         Any other control token that a model wrote stays visible as its name, so that no judge mistakes the text for clean.
         """
         kept = [int(i) for i in ids]
-        if kept and kept[-1] == self.eos_id:
+        if kept and kept[-1] in self.stop_ids:
             kept.pop()
         return self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -274,3 +276,14 @@ def _rgb(image: Image.Image, number: int) -> Image.Image:
         return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"image {number} cannot be decoded ({error}); replace the file") from error
+
+
+def _stop_ids(file: Path) -> list[int]:
+    """The token ids that a checkpoint's generation settings call ends of a turn; it may list several."""
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id", [])
+        return [int(i) for i in (found if isinstance(found, list) else [found])]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: eos_token_id cannot be read ({error}); it is an id or a list of ids") from error

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax.inputs import Inputs, VisionInputs
+from srpo_jax.inputs import Inputs, PackedInputs, VisionInputs
 from srpo_jax.models import attention
-from srpo_jax.models.attention import CombCache, KeyValues
+from srpo_jax.models.attention import KeyValues
 from srpo_jax.models.config import ModelConfig, TextConfig
+from srpo_jax.models.decoding import CombCache, attend_decode
 from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, Remat, RMSNorm, rematerialised, rotate, stacked
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.vision import VisionTower
@@ -178,44 +179,65 @@ class Qwen2_5_VL(nnx.Module):
         x, _ = self._scan(step, x.reshape(*rows.tokens.shape, -1), remat=remat)
         return self.norm(x)
 
+    def prefill(self, packed: PackedInputs) -> tuple[jax.Array, KeyValues]:
+        """The trunks of `packed`, each causal in itself: images encoded and tokens run once, end to end.
+
+        Returns:
+          Final normed hidden states float[F, D] of the buffer, and every layer's keys and values
+          float[layers, n, T, K, head_dim] of its sequences (meaningless beyond their lengths).
+        """
+        features = None
+        if packed.vision is not None:
+            vision = packed.vision._replace(patches=jnp.asarray(packed.vision.patches, self.embed[...].dtype))
+            assert packed.patch_rows is not None and packed.patch_places is not None  # they come with `vision`
+            features = self.vision(vision, rows=(packed.patch_rows, packed.patch_places))
+        mask = attention.causal_mask(packed.lengths, packed.rows.shape[1])
+        angles = mrope_angles(packed.positions[None], self.config.text)
+
+        def attend(q, k, v):
+            q, k, v = (x[0][packed.rows] for x in (q, k, v))
+            y = attention.attend(q, k, v, mask)
+            return y.reshape(-1, *y.shape[2:])[packed.places][None], (k, v)
+
+        def step(layer, x):
+            return layer(x, angles, attend)
+
+        x = self.embed_tokens(packed.tokens[None], packed.image_slots[None], features)
+        x, kv = self._scan(step, x, remat="none")
+        return self.norm(x)[0], kv
+
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, limits: jax.Array, cache: CombCache, step: jax.Array
+        self, tokens: jax.Array, positions: jax.Array, limits: jax.Array, cache: CombCache, steps: jax.Array
     ) -> tuple[jax.Array, CombCache]:
-        """One more token of every branch; all branches are at the same `step`.
+        """One more token of every branch, each at its own step.
 
         Args:
           tokens: int32[B, M], the branches' newest tokens.
           positions: int32[B, M], their position ids.
           limits: int32[B, M], trunk tokens that each branch sees.
-          cache: with a leading layer axis, own keys and values filled below `step`.
-          step: int32 scalar, tokens of each branch that are already in the cache.
+          cache: with a leading layer axis, own keys and values filled below `steps`.
+          steps: int32[B, M], tokens of each branch that are already in the cache.
 
         Returns:
           Final normed hidden states float[B, M, D] and the grown cache.
         """
         angles = text_angles(positions, self.config.text)
         layer_def, layers = nnx.split(self.layers)
-        zero = jnp.zeros_like(step)
 
         def one_layer(carry, xs):
-            x, own_k, own_v, index = carry
-            state, trunk_k, trunk_v = xs
+            x, own, index = carry
+            state, trunk = xs
 
             def attend(q, k, v):
-                grown_k = jax.lax.dynamic_update_slice(own_k, k[None, ..., None], (index, zero, zero, zero, zero, step))
-                grown_v = jax.lax.dynamic_update_slice(
-                    own_v, v[None, ..., None, :], (index, zero, zero, zero, step, zero)
-                )
-                own = (jax.lax.dynamic_index_in_dim(c, index, 0, keepdims=False) for c in (grown_k, grown_v))
-                here = CombCache(trunk_k, trunk_v, *own)
-                return attention.attend_decode(q, here, limits, step), (grown_k, grown_v)
+                grown = own.write(k, v, steps, index)
+                return attend_decode(q, trunk, grown.layer(index), limits, steps), grown
 
             x, grown = nnx.merge(layer_def, state)(x, angles, attend)
-            return (x, *grown, index + 1), None
+            return (x, grown, index + 1), None
 
-        carry = (self.embed[...][tokens], cache.own_k, cache.own_v, zero)
-        (x, own_k, own_v, _), _ = jax.lax.scan(one_layer, carry, (layers, cache.trunk_k, cache.trunk_v))
-        return self.norm(x), cache._replace(own_k=own_k, own_v=own_v)
+        carry = (self.embed[...][tokens], cache.own, jnp.int32(0))
+        (x, own, _), _ = jax.lax.scan(one_layer, carry, (layers, cache.trunk))
+        return self.norm(x), cache._replace(own=own)
 
     def _scan(self, step: Callable[[Any, Any], tuple[Any, Any]], x: Any, *, remat: Remat) -> tuple[Any, Any]:
         """Runs `step(layer, x) -> (x, kept)` over the stacked layers."""

@@ -7,6 +7,8 @@ size. Source: the Qwen2.5-VL report (arXiv 2502.13923), section 2.1.1. The layou
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,7 +35,9 @@ class VisionAttention(nnx.Module):
         self.out = Linear(width, width, bias=True, rngs=rngs)
         self.config = config
 
-    def __call__(self, x: jax.Array, angles: jax.Array, images: jax.Array, full: jax.Array | bool) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, images: jax.Array, full: jax.Array | bool, rows: PatchRows | None = None
+    ) -> jax.Array:
         """Attends.
 
         Args:
@@ -41,16 +45,30 @@ class VisionAttention(nnx.Module):
           angles: float[B, N, D/2], rotary angles.
           images: int32[B, N], image of each patch; 0 for padding, which sees and is seen by padding only.
           full: bool[], attend within the whole image rather than the window. A Python bool compiles one kind only.
+          rows: where B = 1 and examples stand end to end, the patches of each; full attention runs over these.
         """
         heads = (*x.shape[:2], self.config.num_heads, -1)
         q, k = (rotate(projection(x).reshape(heads), angles) for projection in (self.q, self.k))
         v = self.v(x).reshape(heads)
-        windowed = _windowed(self.config.window_patches)
+        windowed, whole = _windowed(self.config.window_patches), functools.partial(_attend_rows, rows)
         if isinstance(full, bool):
-            y = (_attend_images if full else windowed)(q, k, v, images)
+            y = (whole if full else windowed)(q, k, v, images)
         else:
-            y = jax.lax.cond(full, _attend_images, windowed, q, k, v, images)
+            y = jax.lax.cond(full, whole, windowed, q, k, v, images)
         return self.out(y.reshape(x.shape))
+
+
+PatchRows = tuple[jax.Array, jax.Array]
+"""`PackedInputs.patch_rows` and `.patch_places`."""
+
+
+def _attend_rows(rows: PatchRows | None, q: jax.Array, k: jax.Array, v: jax.Array, images: jax.Array) -> jax.Array:
+    """`_attend_images`, of packed examples one by one."""
+    if rows is None:
+        return _attend_images(q, k, v, images)
+    q, k, v, images = (x[0].at[rows[0]].get(mode="fill", fill_value=0) for x in (q, k, v, images))
+    y = _attend_images(q, k, v, images)
+    return y.reshape(-1, *y.shape[2:])[rows[1]][None]
 
 
 def _windowed(size: int):
@@ -100,8 +118,10 @@ class VisionBlock(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, eps=NORM_EPS, rngs=rngs)
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=True, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, images: jax.Array, full: jax.Array | bool) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), angles, images, full)
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, images: jax.Array, full: jax.Array | bool, rows: PatchRows | None = None
+    ) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), angles, images, full, rows)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -130,19 +150,20 @@ class VisionTower(nnx.Module):
         self.merger = PatchMerger(config, rngs)
         self.config = config
 
-    def __call__(self, inputs: VisionInputs, *, remat: Remat = "none") -> jax.Array:
+    def __call__(self, inputs: VisionInputs, *, remat: Remat = "none", rows: PatchRows | None = None) -> jax.Array:
         """Features of the merge units.
 
         Args:
           inputs: patches of each row, N a multiple of the patches in a window. Their dtype is computed in.
           remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
+          rows: see `VisionAttention`.
 
         Returns:
           float[B, N / merge**2, out_hidden], in window order like the patches. Features of padding are meaningless.
         """
-        return self.merger(self.encode(inputs, remat=remat))
+        return self.merger(self.encode(inputs, remat=remat, rows=rows))
 
-    def encode(self, inputs: VisionInputs, *, remat: Remat = "none") -> jax.Array:
+    def encode(self, inputs: VisionInputs, *, remat: Remat = "none", rows: PatchRows | None = None) -> jax.Array:
         """float[B, N, hidden], the patches' states after the last layer. Arguments as in `__call__`."""
         size = inputs.patches.shape[1]
         if size % self.config.window_patches:
@@ -158,7 +179,8 @@ class VisionTower(nnx.Module):
         def layer(x: jax.Array, scanned: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
             params, full = scanned
             # With one kind of attention throughout there is no conditional to compile.
-            return nnx.merge(graphdef, params)(split_batch(x), angles, images, full if mixed else kinds[0]), None
+            kind = full if mixed else kinds[0]
+            return nnx.merge(graphdef, params)(split_batch(x), angles, images, kind, rows), None
 
         return jax.lax.scan(rematerialised(layer, remat), x, (layers, jnp.asarray(kinds)))[0]
 

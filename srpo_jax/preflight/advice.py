@@ -47,13 +47,15 @@ def candidates(config: ml_collections.ConfigDict, where: Slice, row: Mapping[str
     Where the arrays that a program is given, and what stays beside it, fill the memory already, changes of its temporaries are
     left out.
     """
-    kept = sum(size for name, size in row["memory"].items() if name not in ("temporaries", "outputs", "code"))
+    shrinks = ("temporaries", "outputs", "code", "batch", "keys and values", "engine")
+    kept = sum(size for name, size in row["memory"].items() if name not in shrinks)
     parts = where.mesh(**config.mesh).size // max(1, config.mesh.tensor)
     if kept < row["usable"]:
         yield from _less_at_once(config, row["program"], parts)
-    if row["program"] != "evaluate" and not config.lora.rank:
+    evaluates = row["program"].startswith("evaluate")
+    if not evaluates and not config.lora.rank:
         yield {"lora.rank": 16, "trainable": None}
-    if not config.policy.quantize and row["program"] != "evaluate":
+    if not evaluates and not config.policy.quantize:
         yield {"policy.quantize": "int8"}
     for tensor in (2, 4, 8):
         if tensor > config.mesh.tensor and len(where.devices) % tensor == 0 and len(where.devices) > tensor:
@@ -61,7 +63,7 @@ def candidates(config: ml_collections.ConfigDict, where: Slice, row: Mapping[str
 
 
 def _less_at_once(config: ml_collections.ConfigDict, program: str, parts: int) -> Iterator[Change]:
-    """Changes that make temporaries smaller and leave the result as it is."""
+    """Changes that make temporaries and caches smaller and leave the result as it is."""
     if program == "update":
         if config.compute.remat != "full":
             yield {"compute.remat": "full"}
@@ -71,7 +73,7 @@ def _less_at_once(config: ml_collections.ConfigDict, program: str, parts: int) -
         if config.compute.logprob_chunk > 256:
             yield {"compute.logprob_chunk": 256}
         return
-    section, field = ("explore", "trees") if program == "explore" else ("eval", "batch")
+    section, field = ("explore", "trees") if program.startswith("explore") else ("eval", "batch")
     size = config[section][field]
     while size > parts:
         size = max(parts, size // 2)

@@ -17,10 +17,13 @@ import numpy as np
 from srpo_jax import config as configs
 from srpo_jax import flops, sharding
 from srpo_jax.evaluation.config import decodings
-from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.exploration import engine
+from srpo_jax.exploration.engine import EngineShape
+from srpo_jax.exploration.sampler import SampleConfig
+from srpo_jax.exploration.scheduler import TICKS, prefill_shape, program_shapes
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.flops import Chip, TreeSize
-from srpo_jax.inputs import Encoded, VisionInputs, batch_inputs
+from srpo_jax.inputs import Encoded, PrefillShape, VisionInputs
 from srpo_jax.models.config import ModelConfig
 from srpo_jax.models.hf import param_shapes
 from srpo_jax.models.lora import LoraConfig, init_adapters
@@ -42,7 +45,7 @@ class Program:
     """One compiled function of a run.
 
     Attributes:
-      name: "update", "explore" or "evaluate".
+      name: "update", "explore" or "evaluate" (decoding), "explore_prefill" or "evaluate_prefill".
       lower: lowers it for the mesh, from shapes.
       arguments: bytes per device of its arguments, by part.
       resident: bytes per device of what stays in memory beside it, by part.
@@ -115,8 +118,8 @@ def abstract_params(config: ml_collections.ConfigDict, model: ModelConfig, mesh:
 
 def programs_of(setting: Setting, chip: Chip) -> list[Program]:
     """The programs of a run: update, exploration (unless `rounds=0`) and evaluation."""
-    explore = [explore_program(setting, chip)] if setting.run.rounds else []
-    return [update_program(setting, chip), *explore, evaluate_program(setting, chip)]
+    explore = explore_programs(setting, chip) if setting.run.rounds else []
+    return [update_program(setting, chip), *explore, *evaluate_programs(setting, chip)]
 
 
 def update_program(setting: Setting, chip: Chip) -> Program:
@@ -158,61 +161,82 @@ def update_program(setting: Setting, chip: Chip) -> Program:
     )
 
 
-def explore_program(setting: Setting, chip: Chip) -> Program:
+def explore_programs(setting: Setting, chip: Chip) -> list[Program]:
     """Exploration with a snapshot of the policy, while the training state waits."""
     how = setting.run.explore
-    sizes = Sampling(how.trees, max(how.trunk), _patches(how, setting), STEPS * how.k, how.max_tokens, how.temperature)
+    branches = STEPS * how.k
+    pack = _pack(setting, how.prefill, max(how.trunk), _patches(how, setting))
+    shape = EngineShape(how.trees, min(how.width or branches, branches), branches, STEPS, pack, how.int8_cache)
     waiting = {
         "training state": bytes_of(setting.state.params) + bytes_of(setting.state.opt_state),
         "initial policy": _kept(setting),
     }
-    return _sampling_program("explore", setting, setting.snapshot(), sizes, waiting, chip)
+    return _sampling_programs(
+        "explore", setting, setting.snapshot(), shape, how.sampling((END_OF_TURN,)), waiting, chip
+    )
 
 
-def evaluate_program(setting: Setting, chip: Chip) -> Program:
+def evaluate_programs(setting: Setting, chip: Chip) -> list[Program]:
     """Evaluation of a policy in the dtype that it is loaded in, at the temperature that takes most samples."""
     how = max(decodings(setting.config.eval), key=lambda d: (d.samples, d.temperature))
-    sizes = Sampling(how.batch, max(how.trunk), _patches(how, setting), how.samples, how.max_tokens, how.temperature)
-    return _sampling_program("evaluate", setting, setting.params, sizes, {}, chip)
+    pack = _pack(setting, how.prefill, max(how.trunk), _patches(how, setting))
+    shape = EngineShape(how.batch, how.samples, how.samples, 1, pack)
+    return _sampling_programs("evaluate", setting, setting.params, shape, how.sampling((END_OF_TURN,)), {}, chip)
 
 
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Shapes of a sampling program: trees, trunk tokens, vision patches, branches per tree, their tokens; temperature."""
-
-    trees: int
-    trunk: int
-    patches: int
-    branches: int
-    tokens: int
-    temperature: float
+def _pack(setting: Setting, sequences: int, trunk: int, patches: int) -> PrefillShape:
+    """Prefill of trunks that are all of the largest size."""
+    return prefill_shape(sequences, trunk, patches, setting.model.vision)
 
 
-def _sampling_program(
-    name: str, setting: Setting, params: Any, size: Sampling, resident: Mapping[str, int], chip: Chip
-) -> Program:
-    """A program of the sampler, as `exploration.explorer.run_sampler` calls it."""
-    model = setting.model
-    trunk = _encoded(model, size.trunk, size.patches)
-    inputs = _batched(batch_inputs([trunk], size.trunk, size.patches or None), (size.trees,))
-    limits = jax.ShapeDtypeStruct((size.trees, size.branches), jnp.int32)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (size.trees, size.branches)))
-    how = SampleConfig(size.tokens, END_OF_TURN, size.temperature)
-    tree = TreeSize(size.trunk, 0, ((size.trunk, size.tokens),) * size.branches)
-    tree = _with_image(tree, size.patches, model)
+def _sampling_programs(
+    name: str,
+    setting: Setting,
+    params: Any,
+    shape: EngineShape,
+    how: SampleConfig,
+    resident: Mapping[str, int],
+    chip: Chip,
+) -> list[Program]:
+    """The programs of the engine, as `exploration.scheduler.sample` calls them: decoding, which bears the work, prefill."""
+    model, mesh = setting.model, setting.mesh
+    graphdef = graph_definition(model, params)
+    state, packed = program_shapes(graphdef, params, shape, how, model.vision, mesh)
+    appetite = jax.ShapeDtypeStruct((shape.trees,), jnp.float32, sharding=sharding.batch_sharding(mesh))
+    one = TreeSize(shape.pack.longest, 0, ((shape.pack.longest, how.max_tokens),) * shape.branches)
+    tree = _with_image(one, shape.pack.most_patches, model)
+    prompt = _with_image(TreeSize(shape.pack.longest, 0, ()), shape.pack.most_patches, model)
     shapes, width = sharding.flatten(params), params["embed"].dtype.itemsize
-    trees = [tree] * size.trees
-    kv = flops.kv_bytes(model, width) * size.trees * (size.trunk + size.branches * size.tokens)
-    return Program(
-        name=name,
-        lower=lambda: sample_branches.lower(graph_definition(model, params), params, inputs, limits, keys, how),
-        arguments={"parameters": bytes_of(params), "batch": bytes_of((inputs, limits))},
-        resident=resident,
-        within={"keys and values": kv},
-        flops=size.trees * flops.exploration_flops(model, shapes, tree).total,
-        bound=flops.exploration_bound(model, shapes, trees, chip, setting.mesh.size, width),
-        shapes=dataclasses.asdict(size),
-    )
+    cache = {"keys and values": bytes_of(state.cache), "engine": bytes_of(state) - bytes_of(state.cache)}
+    trunks = shape.pack.sequences * sharding.batch_parts(mesh)
+    prefilled = trunks * flops.forward_flops(model, shapes, prompt).total
+    return [
+        Program(
+            name=name,
+            lower=lambda: engine.decode.lower(graphdef, params, state, appetite, how, mesh, TICKS),
+            arguments={"parameters": bytes_of(params), **cache},
+            resident=resident,
+            within={},
+            flops=shape.trees * flops.exploration_flops(model, shapes, tree).total,
+            bound=flops.exploration_bound(model, shapes, [tree] * shape.trees, chip, mesh.size, width),
+            shapes={
+                "trees": shape.trees,
+                "trunk": shape.pack.longest,
+                "branches": f"{shape.width} of {shape.branches}",
+                "tokens": how.max_tokens,
+            },
+        ),
+        Program(
+            name=f"{name}_prefill",
+            lower=lambda: engine.prefill.lower(graphdef, params, state, *packed, mesh),
+            arguments={"parameters": bytes_of(params), **cache, "batch": bytes_of(packed)},
+            resident=resident,
+            within={},
+            flops=prefilled,
+            bound=prefilled / (chip.flops * mesh.size),
+            shapes={"trunks": trunks, "trunk": shape.pack.longest, "patches": shape.pack.most_patches},
+        ),
+    ]
 
 
 def bytes_of(tree: Any) -> int:

@@ -28,7 +28,7 @@ def entry(name="base", temperature=0.0, safe=0.5):
 def test_evaluate_end_to_end_and_again(policy, tmp_path):
     first = evaluate(policy, policy.params, RECORDS, WORLD, CONFIG, tmp_path, name="tiny", step=7, progress=False)
     assert (first["name"], first["step"], first["evaluator"]) == ("tiny", 7, WORLD.name)
-    assert first["decoding"] == {"temperature": 1.0, "max_tokens": 12, "seed": 0, "samples": 2}
+    assert first["decoding"] == {**CONFIG.decoding(), "samples": 2}
     assert first["prompts"] == {"risky": 4, "harmless": 4}
     assert first["malformed"]["rate"] == 1.0  # random weights do not write the grammar
     assert first["S"]["rate"] == first["helpful"]["rate"] == first["over_refusal"]["rate"] == 0.0

@@ -82,7 +82,7 @@ def test_a_kill_at_any_line_loses_and_repeats_nothing(policy, prompts, responses
 
 def test_stored_responses_are_not_sampled_again(policy, prompts, responses, tmp_path, monkeypatch):
     generate(policy, policy.params, prompts, CONFIG, tmp_path, progress=False)
-    monkeypatch.setattr("srpo_jax.evaluation.generate.sample_branches", None)
+    monkeypatch.setattr("srpo_jax.exploration.scheduler.prefill", None)
     same(generate(policy, policy.params, prompts, CONFIG, tmp_path, progress=False), responses)
 
 

@@ -105,7 +105,7 @@ def compiled(caplog):
 def test_a_guard_of_the_policys_architecture_compiles_no_model(config, other, tiny_policy, caplog):
     """The policy's evaluation compiled the sampler; the guard hands it other parameters at the same shapes."""
     prompts = encode_prompts(RECORDS, tiny_policy.processor)
-    decoding = GenerateConfig(max_tokens=8, batch=4, trunk=(256,), patches=(64,))
+    decoding = GenerateConfig(max_tokens=8, batch=4, prefill=4, trunk=(256,), patches=(64,))
     generate(tiny_policy, tiny_policy.params, prompts, decoding, progress=False)
     reasoning = dataclasses.replace(config, style="guardreasoner", patches=(64,))
     judge = guard_judge(reasoning, other)

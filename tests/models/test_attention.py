@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from srpo_jax.models import attention
+from srpo_jax.models import attention, decoding
 from srpo_jax.trees import Rows
 
 B, N, R, T, H, K, D = 2, 4, 5, 7, 4, 2, 8
@@ -95,15 +95,31 @@ def test_scores_of_bfloat16_are_not_rounded_to_bfloat16():
 
 
 def test_decoding_is_the_last_row_of_a_comb():
-    """One branch per row: the newest token's attention, from the decode cache and from the packed tree."""
+    """One branch per row, each at a step of its own: the newest token, from the decode cache and from the packed tree."""
     (q, k, v), rows = tree_inputs("float32")
     limits = np.asarray([[0, 5, 6, 7]] * B)  # the trunk's rows come first; row 3 is a branch, too
     context = np.broadcast_to([0, 1], (B, N, 2))
     rows = rows._replace(segments=np.ones((B, N, R), int), limits=np.repeat(limits[..., None], R, -1), context=context)
     whole = attention.tree_attention(rows)(q, k, v)
     trunk = tuple(x[:, :2].reshape(B, 2 * R, K, D)[:, :T] for x in (k, v))
-    cache = attention.CombCache.start(trunk, N, R)
-    cache = cache._replace(own_k=jnp.moveaxis(k, 2, -1), own_v=jnp.moveaxis(v, 2, -2))
-    for step in range(R):
-        one = attention.attend_decode(q[:, :, step], cache, limits, jnp.int32(step))
-        np.testing.assert_allclose(one, whole[:, :, step], atol=1e-5)
+    kept = decoding.KVCache.of(*trunk, int8=False)
+    nothing = jnp.full((1, B, N, R, K, D), np.nan)
+    cache, layer = decoding.KVCache.of(nothing, nothing, int8=False), jnp.int32(0)
+    at = lambda x, steps: jnp.take_along_axis(x, steps[:, :, None, None, None], axis=2)[:, :, 0]  # noqa: E731
+    for step in range(R + B * N - 1):
+        steps = np.clip(step - np.arange(B * N).reshape(B, N), 0, R - 1)  # they start one after the other
+        cache = cache.write(at(k, steps), at(v, steps), jnp.asarray(steps), layer)
+        # What is not written yet is garbage, which must not be seen.
+        seen = cache._replace(values=jnp.nan_to_num(cache.values), keys=jnp.nan_to_num(cache.keys, nan=1e30))
+        one = decoding.attend_decode(at(q, steps), kept, seen.layer(layer), limits, jnp.asarray(steps))
+        np.testing.assert_allclose(one, at(whole, steps), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_int8_keys_and_values_keep_two_digits_at_any_size(size):
+    """Half a step of 127 on every entry; scales are per token and head, so sizes of tokens do not matter."""
+    x = jnp.asarray(random(B, T, K, D, scale=size))
+    whole, scale = decoding.to_int8(x)
+    assert whole.dtype == jnp.int8
+    np.testing.assert_allclose(whole * scale[..., None], x, atol=float(jnp.abs(x).max()) / 254 * 1.001)
+    assert jax.tree.leaves(decoding.to_int8(jnp.zeros((2, D))))[0].tolist() == [[0] * D] * 2

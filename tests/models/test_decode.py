@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from srpo_jax.exploration.sampler import SampleConfig, sample_branches
-from srpo_jax.models.policy import pad_batch
+from srpo_jax.exploration.engine import EngineShape
+from srpo_jax.exploration.sampler import SampleConfig
+from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 
 COUNT, GAP, NEVER = 64, 1e-3, -1  # no token has the id of this end-of-turn
 LATER = 23
@@ -51,18 +51,19 @@ def test_greedy_branches_equal_generate_from_the_prompt_and_from_a_later_prefix(
     assert len(tail) == LATER
     trunk = case.policy.processor.encode(images, question).append(tail)
     prompt = inputs["input_ids"].shape[1]
-    limits = jnp.asarray([[prompt, prompt + LATER, prompt]], jnp.int32)
-    config = SampleConfig(COUNT, NEVER, temperature=0.0)
-    keys = jax.random.split(jax.random.key(0), limits.shape)
-    batch = pad_batch([trunk], case.policy.config)
-    samples = jax.device_get(sample_branches(case.policy.graphdef, case.policy.params, batch, limits, keys, config))
-    assert samples.lengths.tolist() == [[COUNT] * 3]
-    np.testing.assert_array_equal(samples.tokens[0, 0], samples.tokens[0, 2])  # greedy draws nothing
+    limits, prefixes = np.asarray([prompt, prompt + LATER]), np.asarray([0, 1, 0], np.int32)
+    request = Request(trunk, limits, prefixes, jax.random.split(jax.random.key(0), 3))
+    pack = prefill_shape(1, 128, trunk.patches, case.policy.config.vision)
+    shape = EngineShape(trees=1, width=2, branches=3, prefixes=2, pack=pack)
+    config = SampleConfig(COUNT, (NEVER,), temperature=0.0, loop_tokens=0)
+    [(_, samples)] = sample(case.policy, case.policy.params, [request], shape, config)
+    assert samples.lengths.tolist() == [COUNT] * 3
+    np.testing.assert_array_equal(samples.tokens[0], samples.tokens[2])  # greedy draws nothing
     for branch, prefix in enumerate((tail[:0], tail)):
         wanted, logprobs, gaps = torch_greedy(case, inputs, prefix)
         # Both read what they wrote, so up to the first near tie they must write the same.
         clear = int(np.argmax(gaps <= GAP)) if (gaps <= GAP).any() else COUNT
         assert clear > COUNT // 2
         assert len(set(wanted.tolist())) > 5
-        np.testing.assert_array_equal(samples.tokens[0, branch, :clear], wanted[:clear])
-        np.testing.assert_allclose(samples.logprobs[0, branch, :clear], logprobs[:clear], atol=1e-4)
+        np.testing.assert_array_equal(samples.tokens[branch, :clear], wanted[:clear])
+        np.testing.assert_allclose(samples.logprobs[branch, :clear], logprobs[:clear], atol=1e-4)

@@ -13,12 +13,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from srpo_jax import losses, trees
-from srpo_jax.exploration.sampler import SampleConfig, sample_branches
+from srpo_jax.exploration.engine import EngineShape
+from srpo_jax.exploration.sampler import SampleConfig
+from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.inputs import Encoded, VisionInputs, batch_inputs
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.logprobs import token_logprobs
 from srpo_jax.models.lora import LoraConfig, init_adapters
-from srpo_jax.models.policy import graph_definition
+from srpo_jax.models.policy import Policy, graph_definition
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.models.scoring import tree_logprobs
 from srpo_jax.sharding import flatten, unflatten
@@ -263,14 +265,14 @@ def test_a_policy_that_is_sure_of_its_tokens_has_exact_gradients_too():
     with precision("float64"):
         graphdef, params = model_parts("float64")
         params = params | {"head": params["head"] * 600}
-        limits = np.asarray([trunk.ends[:-1]], np.int32)
-        greedy = SampleConfig(LONGEST, eos_id=-1, temperature=0.0)
-        inputs = batch_inputs([trunk.encoded], PACK.trunk[0])
-        samples = sample_branches(
-            graphdef, params, inputs, limits, jax.random.split(jax.random.key(0), 3)[None], greedy
-        )
-        sure = np.asarray(samples.tokens[0])
-    m = np.mean(np.asarray(samples.logprobs[0]), axis=-1)
+        limits = np.asarray(trunk.ends[:-1], np.int32)
+        greedy = SampleConfig(LONGEST, (-1,), temperature=0.0, loop_tokens=0)
+        request = Request(trunk.encoded, limits, np.arange(3, dtype=np.int32), jax.random.split(jax.random.key(0), 3))
+        pack = prefill_shape(1, PACK.trunk[0], trunk.encoded.patches, config().vision)
+        shape = EngineShape(trees=1, width=3, branches=3, prefixes=3, pack=pack)
+        [(_, samples)] = sample(Policy(config(), graphdef, params, None), params, [request], shape, greedy)
+        sure = samples.tokens
+    m = np.mean(samples.logprobs, axis=-1)
     assert (m > -0.02).any()
     branches = [trees.Branch(i, t, np.zeros(LONGEST, np.float32), "ok", bool(i % 2)) for i, t in enumerate(sure)]
     for i in trunk.prefixes:

@@ -1,0 +1,114 @@
+"""The decode cache of a comb, and attention of one new token of every branch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from srpo_jax.models.attention import joint_softmax, scaled_scores
+
+
+class KVCache(NamedTuple):
+    """Keys and values that decoding reads, laid out so that every product of a step reads memory in order.
+
+    Attributes:
+      keys: [..., K, D, S], in the policy's dtype or int8.
+      values: [..., K, S, D].
+      key_scales: float32[..., K, S], what one unit of an int8 key is worth; None for unquantised keys.
+      value_scales: float32[..., K, S].
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    key_scales: jax.Array | None = None
+    value_scales: jax.Array | None = None
+
+    @staticmethod
+    def of(k: jax.Array, v: jax.Array, int8: bool) -> KVCache:
+        """A cache that holds k and v float[..., S, K, D]."""
+        k, v = jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
+        if not int8:
+            return KVCache(jnp.swapaxes(k, -1, -2), v)
+        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        return KVCache(jnp.swapaxes(k, -1, -2), v, k_scale, v_scale)
+
+    def layer(self, index: jax.Array) -> KVCache:
+        """One layer of a cache with a leading layer axis."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False), self)
+
+    def write(self, k: jax.Array, v: jax.Array, steps: jax.Array, layer: jax.Array) -> KVCache:
+        """Puts k and v float[B, M, K, D] at position steps int32[B, M] of every branch, into `layer` of a stacked cache."""
+        here = (layer, *(x[..., None] for x in jnp.indices(steps.shape)), jnp.arange(k.shape[2]))
+        step = steps[..., None]
+        one = KVCache.of(k[..., None, :, :], v[..., None, :, :], self.key_scales is not None)
+        keys = self.keys.at[(*here, slice(None), step)].set(one.keys[..., 0])
+        values = self.values.at[(*here, step)].set(one.values[..., 0, :])
+        scales = jax.tree.map(lambda old, new: old.at[(*here, step)].set(new[..., 0]), self[2:], one[2:])
+        return KVCache(keys, values, *scales)
+
+
+def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`x` float[..., D] as int8[..., D] times a scale float32[...]: the vector's largest magnitude becomes 127."""
+    wide = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    return jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale
+
+
+class CombCache(NamedTuple):
+    """What a decoding comb keeps.
+
+    Attributes:
+      trunk: of the trunks [..., B], shared by a tree's branches and never copied.
+      own: of each branch's own tokens [..., B, M].
+    """
+
+    trunk: KVCache
+    own: KVCache
+
+
+def attend_decode(q: jax.Array, trunk: KVCache, own: KVCache, limits: jax.Array, steps: jax.Array) -> jax.Array:
+    """Attention to trunk and own keys, for one new token of every branch, at position `steps` of its own keys.
+
+    Args:
+      q: float[B, M, H, D].
+      trunk: [B], of one layer.
+      own: [B, M], of one layer, the new token's key and value included.
+      limits: int32[B, M], trunk tokens that each branch sees.
+      steps: int32[B, M].
+
+    Returns:
+      float[B, M, H, D].
+    """
+    b, m, heads, size = q.shape
+    grouped = q.reshape(b, m, trunk.keys.shape[1], -1, size)
+    seen = jnp.arange(trunk.keys.shape[-1]) < limits[..., None]
+    written = jnp.arange(own.keys.shape[-1]) <= steps[..., None]
+    on_trunk = _cached_scores("bmkgd,bkds->bkmgs", grouped, trunk, seen)
+    on_own = _cached_scores("bmkgd,bmkds->bkmgs", grouped, own, written)
+    on_trunk, on_own = joint_softmax(on_trunk, on_own)
+    out = _cached_values("bkmgs,bksd->bmkgd", on_trunk, trunk, q.dtype)
+    out += _cached_values("bkmgs,bmksd->bmkgd", on_own, own, q.dtype)
+    return out.reshape(b, m, heads, size)
+
+
+def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
+    """`scaled_scores` [B, K, M, G, S] of cached keys; the keys' scales are applied to the products. Mask bool[B, M, S]."""
+    keys, mask = cache.keys.astype(q.dtype), mask[:, None, :, None]
+    if cache.key_scales is None:
+        return scaled_scores(products, q, keys, mask)
+    scores = scaled_scores(products, q, keys, jnp.bool_(True))
+    return jnp.where(mask, scores * _per_head(cache.key_scales), jnp.finfo(scores.dtype).min)
+
+
+def _cached_values(products: str, weights: jax.Array, cache: KVCache, dtype: jnp.dtype) -> jax.Array:
+    """Mean of cached values under `weights` [B, K, M, G, S]; the values' scales are applied to the weights."""
+    if cache.value_scales is not None:
+        weights = weights * _per_head(cache.value_scales)
+    return jnp.einsum(products, weights.astype(dtype), cache.values.astype(dtype))
+
+
+def _per_head(scales: jax.Array) -> jax.Array:
+    """Scales of a trunk [B, K, S] or of branches [B, M, K, S] as factors of [B, K, M, G, S]."""
+    return scales[:, :, None, None] if scales.ndim == 3 else jnp.swapaxes(scales, 1, 2)[:, :, :, None]
