@@ -1,49 +1,72 @@
 """Promises of runs with adapters on an int8 base: what is stored and moved, in which precision, by whom it is explored."""
 
 import dataclasses
+import json
 import math
 import shutil
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
+from srpo_jax import config as configs
 from srpo_jax import sharding
-from srpo_jax.checkpoint import Checkpointer
+from srpo_jax.checkpoint import Checkpointer, CheckpointMismatchError
 from srpo_jax.data import scenes
-from srpo_jax.exploration.explorer import ExploreConfig
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.files import read_jsonl
 from srpo_jax.judges.verdict import Verdict
-from srpo_jax.models.lora import LoraConfig
-from srpo_jax.models.policy import adapt, load_policy
+from srpo_jax.models.policy import forward, load_policy
 from srpo_jax.models.quantize import is_quantisable
 from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.runs import adapter_base, load_run
 from srpo_jax.training.data import BatchConfig, step_batches
-from srpo_jax.training.loop import RunConfig, train
+from srpo_jax.training.loop import train
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import OptimConfig, abstract_state, init_state, select_trainable
 from srpo_jax.training.step import ComputeConfig, make_update
-from srpo_jax.trees import PackConfig, ReasoningTree, pack_trees
+from srpo_jax.training.workdir import open_workdir
+from srpo_jax.trees import ReasoningTree, pack_trees
 
-RUN = RunConfig(
-    explore=ExploreConfig(k=4, max_tokens=10, trees=2, trunk=(144,), patches=(16,)),
-    loss=LossConfig(options={"srpo": {"lambda_": 0.5}}),
-    optim=OptimConfig(3e-2, steps=4, schedule="constant", offload=True),
-    pack=PackConfig((144,), (112,), (28,), 16, (24,), (10,), (16,)),
-    batch=BatchConfig(trees=2),
-    compute=ComputeConfig(remat="none"),
-    rounds=2,
-    updates=2,
-    checkpoint_every=1,
-    keep=9,
-    max_truncated=1.0,
-    max_unknown=1.0,
-)
+ROOT = Path(__file__).resolve().parents[2]
+CHANGES = {
+    "policy.quantize": "int8",
+    "lora.rank": 2,
+    "lora.targets": ("attention/(q|v)",),
+    "data.n": 2,
+    "mesh.data": 1,
+    "explore": {"k": 4, "max_tokens": 10, "trees": 2, "trunk": (144,), "patches": (16,)},
+    "pack": {"trunk": (144,), "path": (112,), "rows": (33,), "row": 16, "branch": (10,), "patches": (16,)},
+    "optim": {"learning_rate": 3e-2, "schedule": "constant", "offload": True},
+    "batch.trees": 2,
+    "compute.remat": "none",
+    "rounds": 2,
+    "updates": 2,
+    "checkpoint_every": 1,
+    "keep": 9,
+    "max_truncated": 1.0,
+    "max_unknown": 1.0,
+}
+
+
+def run_settings(base: Path) -> ml_collections.ConfigDict:
+    config = configs.default_config()
+    config.policy.path = str(base)
+    for name, value in CHANGES.items():
+        fields = {f"{name}.{field}": x for field, x in value.items()} if isinstance(value, dict) else {name: value}
+        config.update_from_flattened_dict(fields)
+    return config
+
+
+RUN = configs.run_config(run_settings(Path("nowhere")))
 
 
 def judge(record, path):
@@ -62,16 +85,23 @@ def records():
 
 
 @pytest.fixture(scope="module")
-def policy(tiny_policy, tmp_path_factory):
-    """The tiny policy in int8 with adapters on two kinds of kernels."""
+def base(tiny_policy, tmp_path_factory):
+    """The tiny policy in Hugging Face's format."""
     folder = tmp_path_factory.mktemp("policy") / "base"
     tiny_policy.save(folder)
-    return adapt(load_policy(folder, quantize="int8"), LoraConfig(2, targets=("attention/(q|v)",)), seed=0)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def finished(policy, records, mesh, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("adapters") / "run"
+def policy(base, mesh):
+    """The tiny policy in int8 with adapters on two kinds of kernels."""
+    return configs.build_policy(run_settings(base), mesh)
+
+
+@pytest.fixture(scope="module")
+def finished(base, policy, records, mesh, tmp_path_factory):
+    """The work directory of two rounds of two updates, and the parameters that came out."""
+    workdir = open_workdir(tmp_path_factory.mktemp("adapters") / "run", run_settings(base))
     return workdir, train(policy, records, judge, RUN, workdir, mesh)
 
 
@@ -98,6 +128,46 @@ def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(finished, policy, r
     again = train(policy, records, judge, RUN, workdir, mesh)
     jax.tree.map(np.testing.assert_array_equal, again, finished[1])
     assert (workdir / "metrics.jsonl").read_bytes() == (finished[0] / "metrics.jsonl").read_bytes()
+
+
+def test_adapters_of_a_run_are_exported_for_their_base_and_merged_into_it(finished, base, policy, tmp_path):
+    """Both ways give the logits of the run's policy, the merged one in floating point for whoever cannot read int8."""
+    ours, step = load_run(finished[0])
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, ours.params, finished[1])
+    flags = [sys.executable, ROOT / "scripts" / "export.py", f"--checkpoint={finished[0]}", "--dtype=float32"]
+    for output in ("adapter", "whole"):
+        more = [f"--output={tmp_path / output}", *["--adapter"] * (output == "adapter")]
+        done = subprocess.run([*flags, *more], capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
+    inputs = policy.encode([{"question": "May I rest here?"}])
+    expected = forward(ours, ours.params, inputs)
+    assert float(jnp.abs(forward(policy, policy.params, inputs) - expected).max()) > 1e-2
+    for path, options in (("adapter", {"quantize": "int8"}), ("whole", {})):
+        other = load_policy(tmp_path / path, **options)
+        np.testing.assert_allclose(forward(other, other.params, inputs), expected, atol=1e-4)
+
+
+def test_a_run_whose_base_has_changed_is_not_read(finished, base, tmp_path, tiny_policy):
+    moved = shutil.copytree(finished[0], tmp_path / "run")
+    other = tmp_path / "other"
+    tiny_policy.save(other, jax.tree.map(lambda x: x * 1.01, tiny_policy.params))
+    told = json.loads((moved / "config.json").read_text())
+    told["policy"]["path"] = str(other)
+    (moved / "config.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointMismatchError, match=r"other frozen parameters than .*other holds now"):
+        load_run(moved)
+
+
+def test_what_moved_beside_adapters_is_not_left_behind(finished, policy, tmp_path):
+    told = json.loads((finished[0] / "config.json").read_text())
+    more = shutil.copytree(finished[0], tmp_path / "run")
+    (more / "config.json").write_text(json.dumps(told | {"trainable": ["lora", "^embed$"]}))
+    with pytest.raises(ValueError, match="trained embed beside adapters, if any; export it whole"):
+        adapter_base(more, policy.params)
 
 
 def test_later_rounds_explore_with_the_adapted_policy(finished, policy, records, mesh):
