@@ -15,13 +15,15 @@ def srpo(**options):
     return {"loss": {"srpo": options}}
 
 
+K8 = {"explore": {"k": 8}, "pack": {"branches": (48,), "rows": (6, 12, 20, 32, 52)}}
 METHODS = {
     "srpo": {},
     "lambda 0": srpo(lambda_=0.0),
     "lambda 0_1": srpo(lambda_=0.1),
     "lambda 1": srpo(lambda_=1.0),
     "k 2": {"explore": {"k": 2}},
-    "k 8": {"explore": {"k": 8}, "pack": {"branches": (48,), "rows": (6, 12, 20, 32, 52)}},
+    "k 8": K8,
+    "adaptive 2 to 8": K8 | {"trees": {"adaptive": {"first": 2, "most": 8, "wave": 2}}},
     "temperature 0_5": {"explore": {"temperature": 0.5}},
     "temperature 1_5": {"explore": {"temperature": 1.5}},
     "early prefixes": {"trees": {"prefixes": (0, 1, 2)}},

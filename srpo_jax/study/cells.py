@@ -21,6 +21,7 @@ from srpo_jax.data.records import Record
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.generate import encode_prompts, generate
 from srpo_jax.evaluation.judging import Judged, judge_responses
+from srpo_jax.exploration.adaptive import AdaptiveConfig, generated_tokens, replay
 from srpo_jax.exploration.explorer import branch_text, explore
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
 from srpo_jax.files import write_json
@@ -61,7 +62,7 @@ def run_cell(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     begin = time.time()
     config, options = cell_config(bench.config, bench.design, cell, trial)
-    params, cost, trunks = bench.policy.params, {"updates": 0, "flops": 0.0}, []
+    params, cost, trunks = bench.policy.params, {"updates": 0, "flops": 0.0, "generated_tokens": 0}, []
     if cell.method != BASE:
         params, cost, trunks = _trained(bench, cell, config, options)
     told = measure(bench, config, params, validation=cell.trial is not None, trunks=trunks)
@@ -113,6 +114,8 @@ def cell_trees(
 
 def changed(tree: ReasoningTree, record: Record, options: TreeOptions, run: RunConfig, policy: Policy) -> ReasoningTree:
     """The tree under `options`; the same branch is flipped whatever the order."""
+    if options.adaptive is not None:
+        tree = replay(tree, AdaptiveConfig(**options.adaptive))
     branches = [b for b in tree.branches if options.prefixes is None or b.prefix in options.prefixes]
     for i, branch in enumerate(branches):
         verdict = branch.verdict
@@ -137,6 +140,7 @@ def cell_cost(bench: Bench, run: RunConfig, trees: Sequence[ReasoningTree]) -> d
     per_update = per_tree * run.batch.trees * run.batch.accumulate
     updates = run.updates * max(1, run.rounds)
     return {"updates": updates, "flops": explored * max(1, run.rounds) + reference + updates * per_update} | {
+        "generated_tokens": generated_tokens(trees) * max(1, run.rounds),
         "fixed_flops": explored + reference,
         "update_flops": per_update,
     }

@@ -26,12 +26,15 @@ class TreeOptions:
       prefixes: prefixes whose branches count; None for all.
       harmless: whether harmless twins are trained on.
       steps: whether a favourable branch must also be free of steps that the judge calls unsafe.
+      adaptive: fields of `AdaptiveConfig`: of uniformly explored trees, the part that adaptive exploration would have
+        sampled.
     """
 
     flip: float = 0.0
     prefixes: tuple[int, ...] | None = None
     harmless: bool = True
     steps: bool = False
+    adaptive: Mapping[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,8 +73,20 @@ def _rates_table(groups, design: Design, clusters, budget: str) -> str:
         if rows:
             cells = [_percent(x) for x in rates(rows, clusters).values()]
             cost = [f"{np.mean([r['updates'] for r in rows]):.0f}", f"{np.mean([r['flops'] for r in rows]):.2g}"]
+            cost.append(f"{np.mean([r['generated_tokens'] for r in rows]):,.0f}")
             lines.append([name, *cells, *cost, f"{np.mean([r['length'] for r in rows]):.0f}", str(len(rows))])
-    return _table(["method", *(TITLES[name] for name in RATES), "updates", "FLOPs", "tokens", "seeds"], lines)
+    return _table(
+        [
+            "method",
+            *(TITLES[name] for name in RATES),
+            "updates",
+            "FLOPs",
+            "tokens explored",
+            "tokens per answer",
+            "seeds",
+        ],
+        lines,
+    )
 
 
 def _effects_table(found: Sequence[Effect], design: Design) -> str:

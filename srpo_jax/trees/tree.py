@@ -55,6 +55,7 @@ class Branch:
       step: tokens of its first own step; None until a loss of single steps asks (`training.annotate`).
       reference: float32[n] under the reference model; None until a loss that needs one asks (`training.annotate`).
       count: how many identical samples it stands for; 0 for what was not sampled.
+      age: rounds since it was sampled.
     """
 
     prefix: int
@@ -68,6 +69,7 @@ class Branch:
     step: int | None = None
     reference: np.ndarray | None = None
     count: int = 1
+    age: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

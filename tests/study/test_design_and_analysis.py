@@ -97,7 +97,17 @@ def row(method, seed, rate, budget="updates", **more):
     rng = np.random.default_rng([seed, int(1000 * rate)])
     told = {name: (rng.random(40) < rate).astype(int).tolist() for name in ("SE", "S", "E", "helpful")}
     told |= {"over_refusal": [0] * 40, "malformed": 0.0, "copied": 0.0, "distinct": 0.9, "gap": 0.0, "length": 60.0}
-    return {"method": method, "budget": budget, "seed": seed, "trial": None, "updates": 4, "flops": 1e9, **told, **more}
+    return {
+        "method": method,
+        "budget": budget,
+        "seed": seed,
+        "trial": None,
+        "updates": 4,
+        "flops": 1e9,
+        "generated_tokens": 9,
+        **told,
+        **more,
+    }
 
 
 def test_effects_are_paired_by_seed_tested_where_named_and_adjusted():
