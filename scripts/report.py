@@ -7,7 +7,6 @@ the first row of the same benchmark and decoding, or with that called --against.
 human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too.
 """
 
-import dataclasses
 import secrets
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ def main(_):
 def serve(labels, **options):
     """Until interrupted."""
     token = secrets.token_urlsafe()
-    known = [dataclasses.asdict(label) for label in (read_labels(labels) if labels.exists() else [])]
+    known = read_labels(labels) if labels.exists() else []
     page = build_page(assemble(WORKDIR.value, BASELINE.value, **options), title=TITLE.value, token=token, labels=known)
     with LabelServer(page, token, lambda value: write_labels(labels, parse_labels(value)), PORT.value) as server:
         print(f"http://127.0.0.1:{server.server_address[1]}/ saves labels to {labels}; Ctrl-C ends it", flush=True)

@@ -67,7 +67,7 @@ def difference(
     ours, theirs = np.asarray(policy, float), np.asarray(baseline, float)
     if not len(ours) or not len(ours) == len(theirs) == len(clusters):
         raise ValueError(f"{len(ours)} and {len(theirs)} outcomes of {len(clusters)} prompts cannot be compared")
-    sums, sizes = _by_cluster(ours - theirs, clusters)
+    sums, sizes = by_cluster(ours - theirs, clusters)
     n, value = len(sums), float(sums.sum() / sizes.sum())
     if n == len(ours) and set(np.unique([ours, theirs])) <= {0.0, 1.0}:
         won, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
@@ -227,7 +227,7 @@ def minimum_detectable_effect(
     return float(stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * error
 
 
-def _by_cluster(values: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def by_cluster(values: np.ndarray, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Sums and sizes of the clusters, in order of their names: no result depends on the order of prompts."""
     _, index = np.unique(np.asarray(clusters, str), return_inverse=True)
     return np.bincount(index, values), np.bincount(index)

@@ -88,7 +88,7 @@ def render_page(
         histograms=[plots.histogram(drift(row), i) for i, row in enumerate(rows)],
         crosses=[reasoning_by_answer(row) for row in rows],
         health=[health(row) for row in rows],
-        uncalibrated=any("path" in row.entry.get("uncalibrated", ["path"]) for row in rows),
+        uncalibrated={row.label for row in rows} - {one["label"] for one in corrections if one["metric"] == "path.S"},
         versions=next((v for r in reversed(rows) if (v := (r.entry.get("provenance") or {}).get("versions"))), {}),
         origins=[_origin(row) for row in rows],
         digests=("parameters", "prompts", "benchmark"),

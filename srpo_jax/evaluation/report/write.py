@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from srpo_jax.evaluation.comparison import MARGIN
+from srpo_jax.evaluation.correction import correct
+from srpo_jax.evaluation.human import LABELS, HumanLabel, read_labels
 from srpo_jax.evaluation.report.assemble import Contents, assemble, drift, health
 from srpo_jax.evaluation.report.page import plain, render_page
 from srpo_jax.evaluation.results import read_results, render
@@ -30,7 +33,9 @@ def write_report(
     title: str | None = None,
     trees: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
-    """Writes `report.html` and `report.md`, and puts the comparisons into `results.json`.
+    """Writes `report.html` and `report.md`, and puts comparisons and corrected rates into `results.json`.
+
+    Human labels are read from `labels.json` of the work directory, where there is one.
 
     Args:
       workdir: holds `results.json` and `evaluation/`.
@@ -46,11 +51,15 @@ def write_report(
     Raises:
       assemble.ReportError: there is nothing to report or to compare with.
       samples.SamplesError: the judged responses of a row are missing.
+      human.LabelsError: `labels.json` is damaged.
     """
     workdir = Path(workdir)
     contents = assemble(workdir, baseline, against=against, margin=margin)
-    page = build_page(contents, title=title, trees=trees)
+    labels = read_labels(workdir / LABELS) if (workdir / LABELS).exists() else []
+    page = build_page(contents, title=title, trees=trees, labels=labels)
     results = read_results(workdir / "results.json")
+    if labels:
+        results["corrections"] = corrections(contents, labels)
     kept = ("row", "baseline_row")  # places in the report, nowhere else
     results["comparisons"] = [{k: v for k, v in one.items() if k not in kept} for one in contents.comparisons]
     write_json(workdir / "results.json", results)
@@ -58,10 +67,23 @@ def write_report(
     return _write(workdir / REPORT, page)
 
 
-def build_page(contents: Contents, *, title: str | None = None, token: str | None = None, **parts: Any) -> str:
+def build_page(
+    contents: Contents,
+    *,
+    title: str | None = None,
+    token: str | None = None,
+    labels: Sequence[HumanLabel] = (),
+    **parts: Any,
+) -> str:
     """The page of what was assembled; `parts` are those of `render_page`."""
+    parts |= {"labels": [dataclasses.asdict(label) for label in labels], "corrections": corrections(contents, labels)}
     parts |= {"verdicts": headlines(contents), "warnings": warnings(contents)}
     return render_page(contents, title=title or _title(contents), start=_last(contents), token=token, **parts)
+
+
+def corrections(contents: Contents, labels: Sequence[HumanLabel]) -> list[dict[str, Any]]:
+    """Corrected rates of every row that has blind labels; see `correction.correct`."""
+    return [{"label": row.label, **one} for row in contents.rows for one in correct(row.samples, labels)]
 
 
 def headlines(contents: Contents) -> list[str]:
