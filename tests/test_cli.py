@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -68,3 +69,17 @@ def test_only_what_a_raise_of_the_package_says_is_a_message(tmp_path):
 def write(path, text):
     path.write_text(text)
     return path
+
+
+def test_a_configuration_is_read_without_touching_a_device():
+    """A process joins its job after its flags are parsed, and before JAX knows its devices."""
+    code = "from srpo_jax.config import default_config; default_config()"
+    code += f"; import jax; jax.distributed.initialize('localhost:{free_port()}', 1, 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
