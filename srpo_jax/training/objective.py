@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from srpo_jax import losses
 from srpo_jax.trees import TreeBatch
@@ -153,12 +152,18 @@ class LossConfig:
         if unknown := sorted(self.options.get(name, {}).keys() - TERMS[name].defaults().keys()):
             known = ", ".join(TERMS[name].defaults()) or "none"
             raise ValueError(f"{name} has no option {', '.join(unknown)}; its options: {known}")
-        one = np.zeros((1, 1, 1), np.float32)  # in numpy: a configuration is read before devices may be touched
-        count = np.ones((1, 1), np.int32)
-        branches = losses.BranchLogprobs(one, count, count, one > 0, count[..., None], count, one, one, count, count)
-        trees = TreeLogprobs(one[0], count[0], branches, count)
+
+        def look() -> Any:
+            one = jnp.zeros((1, 1, 1))
+            count = jnp.ones((1, 1), jnp.int32)
+            branches = losses.BranchLogprobs(
+                one, count, count, one > 0, count[..., None], count, one, one, count, count
+            )
+            trees = TreeLogprobs(one[0], count[0], branches, count)
+            return TERMS[name].loss(*TERMS[name].arguments(trees), **self.options_of(name))
+
         try:
-            jax.eval_shape(lambda t: TERMS[name].loss(*TERMS[name].arguments(t), **self.options_of(name)), trees)
+            jax.eval_shape(look)  # a configuration is read before devices may be touched
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
 
