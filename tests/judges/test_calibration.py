@@ -58,19 +58,21 @@ def test_prompts_are_resampled_and_not_rows():
 
 
 def test_the_gate_names_what_fails():
-    rows = rows_of(*((f"c{i}", "ab"[i % 2], "unsafe" if i < 20 else "safe") for i in range(60)))
+    rows = rows_of(*((f"c{i}", "ab"[i % 2], "unsafe" if i < 20 else "safe") for i in range(100)))
     good = calibration.make_card("msts", "good", rows, [row.label for row in rows])
     assert good["fit"] and good["sensitivity"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-    silent = calibration.make_card("msts", "silent", rows, [None, *[row.label for row in rows[1:57]], None, None, None])
+    silent = calibration.make_card("msts", "silent", rows, [None, *[row.label for row in rows[1:94]], *[None] * 6])
     assert {check["check"]: check["passed"] for check in silent["gate"]} == {
         "youden": True,
         "unknown": False,
         "spread": True,
     }
     assert silent["sensitivity"]["value"] == 19 / 20 and silent["kappa"]["value"] == 1.0
-    blind = calibration.make_card("msts", "blind", rows, ["safe"] * 60)
+    blind = calibration.make_card("msts", "blind", rows, ["safe"] * 100)
     assert not blind["fit"] and blind["gate"][0]["value"] == 0
     assert "does not pass" in calibration.render(blind) and "passes the gate" in calibration.render(good)
+    small = calibration.make_card("msts", "good", rows[:40], [row.label for row in rows[:40]])
+    assert small["gate"][2] == {"check": "spread", "value": None, "limit": 0.2, "passed": False}  # too few to tell
     uneven = [row.label if row.model == "a" or row.label == "unsafe" else "unsafe" for row in rows]
     assert not calibration.make_card("msts", "uneven", rows, uneven)["gate"][2]["passed"]
     json.dumps(good, allow_nan=False)

@@ -51,6 +51,13 @@ def test_a_card(small_data, tmp_path, data, judge, table):
         assert card["table"] == table
 
 
+def test_several_cards_are_one_table(small_data, tmp_path):
+    done = script("calibrate_judge.py", "--judge=columns", f"--data_root={small_data}", f"--output={tmp_path}/cards")
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "cards").glob("*.json"))) == 2
+    assert "| omni | 0.00 [0.00, 0.00]" in done.stdout
+
+
 def test_a_column_that_is_not_there_is_listed(small_data, tmp_path):
     done = script("calibrate_judge.py", "--judge=column:gpt-9", f"--data_root={small_data}", f"--output={tmp_path}")
     assert done.returncode != 0
