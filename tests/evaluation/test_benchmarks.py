@@ -194,6 +194,11 @@ def test_the_hub_and_a_folder_give_the_same_items(tmp_path, monkeypatch):
         BENCHMARKS["xstest"].load(tmp_path, hub=True)
 
 
+def test_the_page_shows_the_list():
+    page = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+    assert page.read_text(encoding="utf-8").endswith(f"prints:\n\n{listing()}")
+
+
 def test_names_suites_and_the_list():
     assert resolve(["siuo", "rsbench", "siuo"]) == ["siuo", "rsbench"]
     assert resolve(["think_in_safety", "bsa"]) == [*SUITES["think_in_safety"], "bsa"]
