@@ -15,7 +15,7 @@ from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.models.hf import param_shapes
 from srpo_jax.models.released import config_of, released_config
 from srpo_jax.preflight import programs, report, slices
-from srpo_jax.preflight.advice import advise, candidates
+from srpo_jax.preflight.advice import advise, candidates, most_trees
 from srpo_jax.recipes import released
 from srpo_jax.trees import ReasoningTree, pack_trees
 
@@ -129,6 +129,15 @@ def test_advice_was_compiled(explored, here):
     assert trees < 8
     again = programs.Setting.of(quickstart(**{"explore.trees": trees, "explore.max_tokens": 8}), here.mesh())
     assert report.measure(programs.explore_programs(again, here.chip)[0], here)["peak"] == advice["peak"]
+
+
+def test_the_most_trees_that_fit_are_found(explored, here):
+    setting, _, row = explored
+    small = dataclasses.replace(here, usable=int(0.8 * row["peak"]))
+    found = most_trees(setting.config, small)
+    assert 1 < found["trees"] < 8
+    assert found["peak"] <= small.usable < found["peak"] + 1.5 * found["per_tree"]
+    assert most_trees(setting.config, dataclasses.replace(here, usable=2**20))["trees"] == 0
 
 
 def test_smaller_temporaries_are_no_advice_where_parameters_alone_do_not_fit(explored, here):

@@ -7,9 +7,10 @@ from typing import Any
 
 import ml_collections
 
-from srpo_jax.preflight.programs import Setting, programs_of
+from srpo_jax.preflight.programs import Setting, explore_program, programs_of
 from srpo_jax.preflight.report import measure
 from srpo_jax.preflight.slices import Slice
+from srpo_jax.sharding import batch_parts
 
 Change = dict[str, Any]  # configuration field to its new value
 
@@ -86,3 +87,29 @@ def changed_config(config: ml_collections.ConfigDict, changes: Change) -> ml_col
     with copy.unlocked():
         copy.update_from_flattened_dict(changes)
     return copy
+
+
+def most_trees(config: ml_collections.ConfigDict, where: Slice) -> dict[str, Any]:
+    """The largest number of trees per device whose exploration fits, found by compiling.
+
+    Memory grows by the same amount with every tree, so two sizes predict it; what is predicted is compiled, too, and lowered
+    until it fits. No tree at all is an answer.
+
+    Returns:
+      `trees` per device, `peak` bytes of that program (None without trees), `per_tree` bytes.
+    """
+    parts = batch_parts(where.mesh(**config.mesh))
+
+    def row(trees: int) -> dict[str, Any]:
+        changed = changed_config(config, {"explore.trees": trees * parts})
+        return measure(explore_program(Setting.of(changed, where.mesh(**changed.mesh)), where.chip), where)
+
+    one, two = row(1), row(2)
+    per_tree = two["peak"] - one["peak"]
+    trees = 1 + max(0, where.usable - one["peak"]) // max(1, per_tree) if one["fits"] else 0
+    while trees:
+        tried = {1: one, 2: two}.get(trees) or row(trees)
+        if tried["fits"]:
+            return {"trees": trees, "peak": tried["peak"], "per_tree": per_tree}
+        trees -= 1
+    return {"trees": 0, "peak": None, "per_tree": per_tree}
