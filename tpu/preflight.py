@@ -41,7 +41,7 @@ def main(_):
     print(f"{CONFIG.value.policy.path} on {where.name}: {mesh.size} devices, mesh {dict(mesh.shape)}", flush=True)
     rows = []
     for program in programs_of(setting, where.chip):
-        if program.name not in PROGRAMS.value:
+        if PROGRAMS.value and program.name not in PROGRAMS.value:
             continue
         row = measure(program, where)
         print(table([row]), flush=True)

@@ -1,6 +1,6 @@
 """The table of docs/scaling.md: the recipes of Qwen2.5-VL-3B and 7B on TPU slices, compiled without any TPU.
 
-    python tpu/preflight_table.py [--sizes=3B,7B] [--slices=v5e-8,...] [--programs=update,explore,evaluate] [--markdown]
+    python tpu/preflight_table.py [--sizes=3B,7B] [--slices=v5e-8,...] [--programs=update,...] [--markdown]
 
 Each chip gets one question per update, parameters are split over all chips. Rows are kept in `--json` as they come; a row is
 compiled again only if the program, as it is lowered, or the compiler has changed since, so the command may be interrupted. A
@@ -30,7 +30,8 @@ SLICES = "v5e-8,v5e-16,v5e-64,v5p-8,v5p-64,v6e-8,v6e-64"
 SIZES = flags.DEFINE_list("sizes", ["3B", "7B"], "Released checkpoints.")
 WHERE = flags.DEFINE_list("slices", SLICES.split(","), "Slices.")
 KINDS = flags.DEFINE_list("kinds", ["lora", "full"], "What the update moves; the other programs are those of 'lora'.")
-PROGRAMS = flags.DEFINE_list("programs", ["update", "explore", "evaluate"], "Which programs, in this order.")
+NAMES = ["update", "explore", "explore_prefill", "evaluate", "evaluate_prefill"]
+PROGRAMS = flags.DEFINE_list("programs", NAMES, "Which programs, in this order.")
 JSON = flags.DEFINE_string("json", "benchmarks/results/preflight.json", "Where rows are kept.")
 MARKDOWN = flags.DEFINE_bool("markdown", False, "Print the table and stop.")
 

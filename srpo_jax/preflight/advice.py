@@ -7,7 +7,7 @@ from typing import Any
 
 import ml_collections
 
-from srpo_jax.preflight.programs import Setting, explore_program, programs_of
+from srpo_jax.preflight.programs import Program, Setting, explore_programs, programs_of
 from srpo_jax.preflight.report import measure
 from srpo_jax.preflight.slices import Slice
 from srpo_jax.sharding import batch_parts
@@ -92,24 +92,24 @@ def changed_config(config: ml_collections.ConfigDict, changes: Change) -> ml_col
 def most_trees(config: ml_collections.ConfigDict, where: Slice) -> dict[str, Any]:
     """The largest number of trees per device whose exploration fits, found by compiling.
 
-    Memory grows by the same amount with every tree, so two sizes predict it; what is predicted is compiled, too, and lowered
-    until it fits. No tree at all is an answer.
+    Memory grows by the same amount with every tree, so two sizes predict it; what is predicted is compiled, prefill, too, and
+    lowered until it fits. No tree at all is an answer.
 
     Returns:
-      `trees` per device, `peak` bytes of that program (None without trees), `per_tree` bytes.
+      `trees` per device, `peak` bytes of their larger program (None without trees), `per_tree` bytes of decoding.
     """
     parts = batch_parts(where.mesh(**config.mesh))
 
-    def row(trees: int) -> dict[str, Any]:
+    def programs(trees: int) -> list[Program]:
         changed = changed_config(config, {"explore.trees": trees * parts})
-        return measure(explore_program(Setting.of(changed, where.mesh(**changed.mesh)), where.chip), where)
+        return explore_programs(Setting.of(changed, where.mesh(**changed.mesh)), where.chip)
 
-    one, two = row(1), row(2)
-    per_tree = two["peak"] - one["peak"]
-    trees = 1 + max(0, where.usable - one["peak"]) // max(1, per_tree) if one["fits"] else 0
+    one, two = (measure(programs(trees)[0], where)["peak"] for trees in (1, 2))
+    trees = 1 + (where.usable - one) // max(1, two - one) if one <= where.usable else 0
+    peak = None
     while trees:
-        tried = {1: one, 2: two}.get(trees) or row(trees)
-        if tried["fits"]:
-            return {"trees": trees, "peak": tried["peak"], "per_tree": per_tree}
-        trees -= 1
-    return {"trees": 0, "peak": None, "per_tree": per_tree}
+        peak = max(measure(program, where)["peak"] for program in programs(trees))
+        if peak <= where.usable:
+            break
+        trees, peak = trees - 1, None
+    return {"trees": trees, "peak": peak, "per_tree": two - one}
