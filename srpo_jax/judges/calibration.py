@@ -179,10 +179,10 @@ def gate(youden: float | None, unknown: float, models: Mapping[str, Json]) -> li
 
 
 def _range(models: Mapping[str, Json], name: str) -> tuple[float, float] | None:
-    """Least and largest "sensitivity" or "specificity" of the policies that have cases enough; None where none has."""
+    """Least and largest "sensitivity" or "specificity" of the policies that have cases enough; None for fewer than two."""
     of = {"sensitivity": "positives", "specificity": "negatives"}[name]
     found = [told[name] for told in models.values() if told[of] >= FEWEST]
-    return (min(found), max(found)) if found else None
+    return (min(found), max(found)) if len(found) > 1 else None
 
 
 def rogan_gladen(raw: float, sensitivity: float, specificity: float) -> float:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.judges import rules
-from srpo_jax.judges.guard import GuardConfig, guard_judge
 
 
 class JudgeError(ValueError):
@@ -33,6 +32,9 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
     if kind == "endpoint":
         return _endpoint(spec, rest, folder)
     if kind == "guard":
+        # Rules and endpoints need no model of ours, and are there at once without one.
+        from srpo_jax.judges.guard import GuardConfig, guard_judge
+
         try:
             return guard_judge(GuardConfig.read(rest) if rest.endswith(".json") else GuardConfig(rest))
         except (OSError, ValueError) as error:
