@@ -1,6 +1,6 @@
 """Writes the report of evaluations: report.html (one file, no network), report.md, comparisons in results.json.
 
-python scripts/report.py --workdir=DIR [--baseline=DIR] [--serve]
+python scripts/report.py --workdir=DIR [--baseline=DIR] [--serve] [--export=inspect|lmms]
 
 DIR is where scripts/evaluate.py or the quickstart kept results.json and evaluation/. Without --baseline, rows are compared with
 the first row of the same benchmark and decoding, or with that called --against. --serve opens the page on loopback and saves
@@ -16,16 +16,22 @@ from absl import flags
 from srpo_jax import cli
 from srpo_jax.evaluation.comparison import MARGIN
 from srpo_jax.evaluation.human import LABELS, parse_labels, read_labels, write_labels
+from srpo_jax.evaluation.interop.export import write_inspect_log, write_lmms_lines
 from srpo_jax.evaluation.report import write_report
-from srpo_jax.evaluation.report.assemble import assemble
+from srpo_jax.evaluation.report.assemble import EVALUATION, assemble
 from srpo_jax.evaluation.report.serve import LabelServer
 from srpo_jax.evaluation.report.write import build_page
+from srpo_jax.evaluation.results import read_results
+from srpo_jax.evaluation.samples import read_samples, samples_name
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and evaluation/ are.", required=True)
 BASELINE = flags.DEFINE_string("baseline", None, "Work directory of the baseline; default: rows of the same one.")
 AGAINST = flags.DEFINE_string("against", None, "Name of the baseline's rows; default: the first that fit.")
 MARGIN_FLAG = flags.DEFINE_float("margin", 100 * MARGIN, "Of non-inferiority, in points.", lower_bound=0.0)
 TITLE = flags.DEFINE_string("title", None, "Of the report.")
+EXPORT = flags.DEFINE_enum(
+    "export", None, ["inspect", "lmms"], "Write DIR/export/ for Inspect, or in lmms-eval's style."
+)
 SERVE = flags.DEFINE_bool("serve", False, "Serve the page on 127.0.0.1 and save labels.")
 PORT = flags.DEFINE_integer("port", 0, "For --serve; 0 takes a free one.")
 
@@ -34,8 +40,25 @@ def main(_):
     options: dict[str, Any] = {"against": AGAINST.value, "margin": MARGIN_FLAG.value / 100}
     path = write_report(WORKDIR.value, BASELINE.value, title=TITLE.value, **options)
     print(f"{path}, {path.with_suffix('.md')}")
+    if EXPORT.value:
+        export(Path(WORKDIR.value), EXPORT.value)
     if SERVE.value:
         serve(Path(WORKDIR.value) / LABELS, **options)
+
+
+def export(workdir, form):
+    """A file per row of results.json."""
+    folder = workdir / EVALUATION
+    (workdir / "export").mkdir(exist_ok=True)
+    for entry in read_results(workdir / "results.json")["evaluations"]:
+        samples, name = read_samples(folder, samples_name(entry)), f"{samples_name(entry)}_{form}"
+        if form == "inspect":
+            path = workdir / "export" / f"{name}.json"
+            write_inspect_log(path, entry, samples, folder)
+        else:
+            path = workdir / "export" / f"{name}.jsonl"
+            write_lmms_lines(path, samples)
+        print(path)
 
 
 def serve(labels, **options):

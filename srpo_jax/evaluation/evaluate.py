@@ -85,12 +85,40 @@ def evaluate(
     if score_only:
         require_responses(params, prompts, config, folder or ".")
     responses = generate(policy, params, prompts, config, folder, progress=progress)
-    judged = judge_responses(records, responses, evaluator, folder, plain=plain, progress=progress)
     told = {"name": name, "step": step, **identity(records, evaluator, config, benchmark, plain=plain)}
-    told["judge_failures"] = check_failures(judged, max_judge_failures)
     told["provenance"] = provenance(params, prompts, training_judge)
+    judging: dict[str, Any] = {"plain": plain, "max_judge_failures": max_judge_failures, "progress": progress}
+    return told | score(responses, records, evaluator, told, folder, benchmark=benchmark, **judging)
+
+
+def score(
+    responses: Sequence[Response],
+    records: Sequence[Question],
+    evaluator: Evaluator,
+    row: Mapping[str, Any],
+    folder: str | Path | None = None,
+    *,
+    benchmark: Benchmark | None = None,
+    plain: bool = False,
+    max_judge_failures: float = 0.01,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Judges responses, wherever they come from, and counts: what an entry of `results.json` holds beside `row`.
+
+    Args:
+      responses: to all of the questions.
+      records: the questions.
+      evaluator: who judges.
+      row: what tells the entry from others (see `results.IDENTITY`); the samples are kept under it.
+      folder, benchmark, plain, max_judge_failures, progress: see `evaluate`.
+
+    Raises:
+      JudgeFailureError: the judge failed too often.
+    """
+    judged = judge_responses(records, responses, evaluator, folder, plain=plain, progress=progress)
+    told: dict[str, Any] = {"judge_failures": check_failures(judged, max_judge_failures)}
     if folder is not None and distributed.is_lead():
-        write_samples(folder, samples_name(told), judged)
+        write_samples(folder, samples_name(row), judged)
     if benchmark is not None:
         told["rates"] = benchmark.metrics(by_prompt(judged))
     return told | report(judged)

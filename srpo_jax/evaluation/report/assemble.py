@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,9 +40,9 @@ class Row:
     home: Path
 
     @property
-    def setting(self) -> tuple[str, str]:
-        """Only rows of one setting are compared: same benchmark, same decoding."""
-        return str(self.entry.get("benchmark")), str(sorted(self.entry["decoding"].items()))
+    def setting(self) -> tuple[str, ...]:
+        """Only rows of one setting are compared: same benchmark, same evaluator, same decoding."""
+        return tuple(json.dumps(self.entry.get(key), sort_keys=True) for key in ("benchmark", "evaluator", "decoding"))
 
     @property
     def self_judged(self) -> bool:
@@ -86,7 +87,7 @@ def assemble(
     """
     theirs, more = _rows(baseline) if baseline is not None else ([], [])
     ours, references = _rows(workdir)
-    names = labels([row.entry for row in theirs + ours])
+    names = _labels([row.entry for row in theirs + ours])
     rows = [dataclasses.replace(row, label=name) for row, name in zip(theirs + ours, names, strict=True)]
     if len(set(names)) < len(names):  # the same row in both folders
         marks = ["baseline: "] * len(theirs) + [""] * len(ours)
@@ -96,6 +97,16 @@ def assemble(
     pool = range(len(theirs)) if baseline is not None else range(len(rows))
     tested = [i for i in range(len(rows)) if baseline is None or i >= len(theirs)]
     return Contents(rows, list(constant.values()), _comparisons(rows, pool, tested, against, margin))
+
+
+def _labels(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels that differ within every task, with the task in front where it has a name."""
+    found = [""] * len(entries)
+    for task in dict.fromkeys(entry.get("task") for entry in entries):
+        places = [i for i, entry in enumerate(entries) if entry.get("task") == task]
+        for place, label in zip(places, labels([entries[i] for i in places]), strict=True):
+            found[place] = label if task is None else f"{task}: {label}"
+    return found
 
 
 def _rows(workdir: str | Path) -> tuple[list[Row], list[Mapping[str, Any]]]:
