@@ -2,8 +2,8 @@
 
 python scripts/score.py --config=configs/quickstart.py --workdir=DIR --responses=FILE --name=NAME [--judge=...]
 
-FILE has one JSON object per line: {"id": "...", "text": "<think>...</think>...", "sample": 0, "stopped": true}; the last two may
-be left out. Every question needs a response. Questions come from the `eval` section of the configuration: records, or one
+FILE has one JSON object per line: {"id": "...", "text": "<think>...</think>...", "sample": 0, "stopped": true}; the last two
+may be left out. Every question needs a response. Questions come from the `eval` section of the configuration: records, or one
 published benchmark (--benchmark, --data_root).
 """
 

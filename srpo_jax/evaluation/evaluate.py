@@ -121,7 +121,8 @@ def score(
         write_samples(folder, samples_name(row), judged)
     if benchmark is not None:
         told["rates"] = benchmark.metrics(by_prompt(judged))
-    return told | report(judged)
+    # Rates of steps rest on the evaluator's word alone; labels of people calibrate them in the report.
+    return told | {"uncalibrated": ["path"]} | report(judged)
 
 
 def identity(
