@@ -156,6 +156,10 @@ class JsonLines:
         self._truncate(size)
         return kept
 
+    def sync(self) -> None:
+        """Waits until everything is on the disk, or on the server of a network file system."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Flushes to the disk and closes; further calls do nothing."""
         if self._file >= 0:
@@ -212,6 +216,8 @@ class Store:
 
     def share(self) -> list[dict[str, Any]]:
         """Waits until every process is done with appending and reads what all have written."""
+        if self._file is not None:
+            self._file.sync()  # network file systems show other hosts what was written out
         distributed.barrier()
         if self._path is not None:
             self.lines = read_family(self._path)

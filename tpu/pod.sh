@@ -8,9 +8,9 @@
 #   install   Python 3.11, a virtual environment, the package with its TPU extra
 #   run -- SCRIPT [FLAGS]   start `python SCRIPT --distributed FLAGS` on every host; goes on when the terminal closes. A run
 #             that ends with code 75 (preempted, or another host was lost) is started again and resumes. The work directory must be
-#             one that all hosts see: gs://BUCKET/...
+#             a folder that all hosts see, such as a Filestore share (docs/scaling.md)
 #   logs      the last lines of every host
-#   collect --workdir=gs://... --output=FOLDER   bring the work directory and the first host's log here
+#   collect --workdir=gs://... --output=FOLDER   bring a copy of the work directory in a bucket and the first host's log here
 #   delete    give the slice back
 #
 # --dry_run prints exactly the commands that would be executed. Needs the gcloud CLI, logged in and with a project.

@@ -49,6 +49,11 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
       TypeError: if a field of `config` is no JSON value, naming the field.
       OSError: if the directory cannot be made or written.
     """
+    if "://" in str(path):
+        raise WorkdirError(
+            f"{path} is an address; a work directory is a folder, because lines are appended to its files. Mount the bucket, "
+            "or use a file system that all hosts see"
+        )
     wanted = _plain(config.to_dict())
     distributed.on_lead(lambda: _open(Path(path), wanted))
     return Path(path)

@@ -145,3 +145,11 @@ def _events(path) -> list[event_pb2.Event]:
 
 def _scalars(path) -> list[tuple[str, int, float]]:
     return [(v.tag, e.step, v.simple_value) for e in _events(path) for v in e.summary.value]
+
+
+def test_an_address_is_no_folder(tmp_path, monkeypatch):
+    """`Path` would make a local folder called "gs:" of it, which every host would have for itself."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*Mount the bucket"):
+        open_workdir("gs://bucket/run", ml_collections.ConfigDict({"seed": 1}))
+    assert not list(tmp_path.iterdir())
