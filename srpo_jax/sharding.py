@@ -7,7 +7,7 @@ vocabulary. Batches are split over `data` and `fsdp` together.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -153,6 +153,27 @@ def to_local(x: jax.Array) -> np.ndarray:
         return np.asarray(x)
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
+def per_batch_part(f: Callable[..., Any], heads: int | None = None) -> Callable[..., Any]:
+    """`f`, run by every device of the mesh in scope (`jax.set_mesh`) on its own part of the batch; `f` itself without one.
+
+    For kernels, which the compiler cannot split.
+
+    Args:
+      f: of pytrees of arrays whose first axis is the batch's; so is its result.
+      heads: key/value heads. If given, all arguments but the first have heads on their last axis but one, and so has the
+        result; they are split over `tensor` if it divides them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return f
+    batch = PartitionSpec(("data", "fsdp"))
+    if heads is None:
+        return jax.shard_map(f, mesh=mesh, in_specs=batch, out_specs=batch, check_vma=False)
+    tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
+    split = PartitionSpec(("data", "fsdp"), None, None, tensor)
+    return jax.shard_map(f, mesh=mesh, in_specs=(batch, split, split, split), out_specs=split, check_vma=False)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -105,7 +105,7 @@ def executed(config: ModelConfig, one: ReasoningTree, work: flops.Flops, chunk: 
     unique = trunk * (trunk + 1) // 2 + sum((n - 1) * seen + n * (n - 1) // 2 for seen, n in size.branches)
     dense = (trunk + rows * row) * (trunk + row)
     logits = size.path + rows + rows * row
-    padded = trunk + rows + rows * row  # a chunk without a scored token is skipped when it runs, not when it is traced
+    padded = trunk + rows + rows * row  # as many as there is room for; a prompt's are not scored
     padded += -padded % -(-padded // -(-padded // chunk))
     # `count` takes the costlier branch, attention to the whole image, for every vision layer.
     vision = config.vision

@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from srpo_jax.models import splash
 from srpo_jax.trees import Rows
 
 KeyValues = tuple[jax.Array, jax.Array]
@@ -84,7 +85,7 @@ def _in_chunks(some: Callable[[Any], jax.Array], parts: tuple[jax.Array, ...], s
     return jnp.moveaxis(y, 0, 1).reshape(y.shape[1], -1, *y.shape[3:])[:, :count]
 
 
-BACKENDS = ("auto", "xla")
+BACKENDS = ("auto", "xla", "splash")
 
 
 def tree_attention(rows: Rows, backend: str = "auto") -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -94,13 +95,16 @@ def tree_attention(rows: Rows, backend: str = "auto") -> Callable[[jax.Array, ja
 
     Args:
       rows: the packed trees.
-      backend: "xla", the reference, or "auto", the fastest that is there.
+      backend: "xla", everywhere, the reference; "splash", a fused kernel for TPUs that skips what nobody sees (extra `tpu`);
+        "auto", the kernel on a TPU if it is installed and can take the rows.
 
     Raises:
       ValueError: an unknown backend.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention={backend!r}: use one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "splash" or (backend == "auto" and jax.default_backend() == "tpu" and splash.suits(rows)):
+        return splash.tree_attention(rows)
     return functools.partial(attend_tree, rows=rows)
 
 

@@ -20,7 +20,8 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk
     """log p(target) for every position, `chunk` positions at a time.
 
     The [positions, V] logits never exist as a whole: each chunk's are recomputed in the backward pass. Chunks are taken along
-    the last axis of positions only, so that a batch that is split over devices stays so; a chunk without any target is skipped.
+    the last axis of positions only, so that a batch that is split over devices stays so. (Skipping chunks without any target
+    by a conditional would cost a gigabyte on a TPU: its gradient copies the head.)
 
     Args:
       hidden: float[..., n, D], the final normed hidden state that predicts the target.
@@ -32,28 +33,26 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk
       float32[..., n] (float64 if hidden is float64), 0 where there is no target.
     """
     *lead, count = targets.shape
-    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     steps = max(1, -(-count // chunk))
     chunk = -(-count // steps)
 
-    def split(x: jax.Array, axis: int, fill: int) -> jax.Array:
+    axis, wanted = len(lead), jnp.maximum(targets, 0)
+
+    def split(x: jax.Array) -> jax.Array:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, steps * chunk - count)
-        x = jnp.pad(x, widths, constant_values=fill)
+        x = jnp.pad(x, widths)
         return jnp.moveaxis(x.reshape(*x.shape[:axis], steps, chunk, *x.shape[axis + 1 :]), axis, 0)
 
     @jax.checkpoint
-    def score(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        scores = logprobs_of(head_logits(hidden, head), jnp.maximum(targets, 0))
-        return jnp.where(targets >= 0, scores, 0)
-
     def one_chunk(args: tuple[jax.Array, jax.Array]) -> jax.Array:
-        nothing = jnp.zeros(args[1].shape, dtype)
-        return jax.lax.cond(jnp.any(args[1] >= 0), score, lambda *_: nothing, *args)
+        hidden, targets = args
+        rows = hidden.reshape(-1, hidden.shape[-1])  # a TPU keeps the logits twice if they have more axes
+        return logprobs_of(head_logits(rows, head), targets.reshape(-1)).reshape(targets.shape)
 
-    axis = len(lead)
-    scores = jax.lax.map(one_chunk, (split(hidden, axis, 0), split(jnp.asarray(targets), axis, -1)))
-    return jnp.moveaxis(scores, 0, axis).reshape(*lead, steps * chunk)[..., :count]
+    scores = jax.lax.map(one_chunk, (split(hidden), split(wanted)))
+    scores = jnp.moveaxis(scores, 0, axis).reshape(*lead, steps * chunk)[..., :count]
+    return jnp.where(targets >= 0, scores, 0)
 
 
 def logprobs_of(logits: jax.Array, targets: jax.Array) -> jax.Array:
