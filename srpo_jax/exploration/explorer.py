@@ -137,12 +137,14 @@ def explore(
             title = f"explore round {round_}"
             trees = _sampled(policy, params, own, config, round_key, shape, stored, branches, title, quiet)
         with observe.span("judge"):
-            trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet)
+            # Once updates have learned from a round, its verdicts stay as they are, failed ones, too.
+            trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet, again=params is not None)
         if distributed.process_count() == 1:
             return trees
         stored, _ = {line["record_id"]: line for line in branches.share()}, verdicts.share()
         trees = [ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in trunks]
-        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress=False)  # all of them are judged
+        # All of them are judged by now.
+        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress=False, again=False)
 
 
 def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) -> list[Trunk]:
@@ -280,9 +282,10 @@ def _judge_trees(
     judge: Judge,
     store: Store,
     progress: bool,
+    again: bool,
 ) -> list[ReasoningTree]:
-    """The trees with verdicts, those of the store not asked again."""
-    known = known_verdicts(judge, store)
+    """The trees with verdicts, those of the store not asked again; failed ones are if `again`."""
+    known = known_verdicts(judge, store, failed=not again)
     asked: dict[Place, Pair] = {}
     for tree in trees:
         for place, branch in _places(tree):

@@ -63,10 +63,12 @@ def judge_name(judge: Callable[..., Any]) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def known_verdicts(judge: Judge, store: Store) -> dict[Place, dict[str, Any]]:
-    """The stored lines of a judge, but for failures: those are asked again."""
-    mine = [line for line in store.lines if line.get("judge") == judge_name(judge) and not line.get("failed")]
-    return {(line["record_id"], line["prefix"], line["number"]): line for line in mine}
+def known_verdicts(judge: Judge, store: Store, *, failed: bool = False) -> dict[Place, dict[str, Any]]:
+    """The stored lines of a judge; failures, which may be asked again, only if `failed`, and never over a verdict."""
+    mine = [line for line in store.lines if line.get("judge") == judge_name(judge)]
+    mine.sort(key=lambda line: not line.get("failed"))
+    kept = [line for line in mine if failed or not line.get("failed")]
+    return {(line["record_id"], line["prefix"], line["number"]): line for line in kept}
 
 
 def store_verdicts(judge: Judge, asked: Mapping[Place, Pair], store: Store) -> Iterator[tuple[Place, dict[str, Any]]]:

@@ -27,7 +27,7 @@ from typing import Any
 import httpx2
 import openai
 
-from srpo_jax.files import JsonLines, read_jsonl
+from srpo_jax.files import Store, read_family
 
 REPLIES = "replies.jsonl"
 MAX_BODY = 4 << 20
@@ -148,14 +148,13 @@ class Client:
 
     def __init__(self, config: ClientConfig, folder: str | Path | None = None):
         """`folder` keeps the answers in `replies.jsonl`, keyed on the whole request: none of them is paid for twice."""
-        self.config = config
-        self._file = None if folder is None else Path(folder) / REPLIES
+        self.config, self._folder = config, folder
         self._key = os.environ.get(config.key_variable, "")
         self._slot = 0.0
         self._answered = False
         self.usage: collections.Counter[str] = collections.Counter()
         # Nothing is written before the first question: what cannot run leaves nothing behind.
-        lines = read_jsonl(self._file) if self._file is not None and self._file.is_file() else ()
+        lines = () if folder is None else read_family(Path(folder) / REPLIES)
         self._known = {line["key"]: _from_line(line) for line in lines}
 
     def spent(self) -> dict[str, Any]:
@@ -183,7 +182,7 @@ class Client:
         """
         held: list[tuple[int, Reply]] = []
         for index, reply in self._replies(count, build):
-            if reply.status in AGAIN:
+            if reply.status not in ANSWERS:
                 held.append((index, reply))
                 if len(held) >= self.config.max_failures:
                     raise self._down(held)
@@ -200,8 +199,8 @@ class Client:
     def _down(self, held: list[tuple[int, Reply]]) -> EndpointError:
         last = held[-1][1]
         return EndpointError(
-            f"{self._where()} failed {len(held)} times in a row, each after {self.config.retries} retries (last: "
-            f"{last.status}, {last.text}); answers so far are kept, run again when it is back"
+            f"{self._where()} failed {len(held)} times in a row, with {self.config.retries} retries where they may help (last: "
+            f"{last.status}, {last.text}); answers so far are kept, run again when this is mended"
         )
 
     def _where(self) -> str:
@@ -245,14 +244,12 @@ class Client:
             for index in indices:
                 put((index, await self._one(client, build(index), file)))
 
-        if self._file is not None:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext() if self._file is None else JsonLines(self._file) as file:
+        with contextlib.nullcontext() if self._folder is None else Store.open(self._folder, REPLIES) as file:
             async with client, asyncio.TaskGroup() as group:
                 for _ in range(min(self.config.concurrency, count)):
                     group.create_task(worker())
 
-    async def _one(self, client: openai.AsyncOpenAI, request: Mapping[str, Any], file: JsonLines | None) -> Reply:
+    async def _one(self, client: openai.AsyncOpenAI, request: Mapping[str, Any], file: Store | None) -> Reply:
         body = {"model": self.config.model, **self.config.parameters, **request}
         key = hashlib.sha256(json.dumps([self.config.base_url, body], sort_keys=True).encode()).hexdigest()
         if key in self._known:

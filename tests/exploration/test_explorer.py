@@ -189,7 +189,7 @@ def test_a_judge_of_many_at_a_time_gives_the_same_trees_and_loses_no_verdict(run
     assert_same(run(Crowd(limit=0), tmp_path), trees)
 
 
-def test_a_failed_verdict_is_asked_again_and_an_unknown_one_is_not(run, whole, tmp_path):
+def test_a_failed_verdict_is_asked_again_and_an_unknown_one_is_not(run, whole, records, tiny_policy, tmp_path):
     _, _, single = whole
 
     class Failing(Judge):
@@ -201,8 +201,13 @@ def test_a_failed_verdict_is_asked_again_and_an_unknown_one_is_not(run, whole, t
     unknown = [branch.status for tree in again for branch in tree.branches if branch.verdict is None]
     assert unknown.count(JUDGE_FAILED) == len(single.asked)
     judge = Judge()
+    # Updates have learned from the round: a restart must not change it.
+    explore(tiny_policy, None, records, CONFIG, judge, KEY, folder=tmp_path, progress=False)
+    assert judge.asked == []
     run(judge, tmp_path)
     assert judge.asked == single.asked[:3]
+    told = run(Judge(), tmp_path)
+    assert sum(b.verdict is not None for tree in told for b in tree.branches) > 0
 
 
 @pytest.mark.parametrize("indices", [[0, 0], [0, 2], [1], [0, 1, 1]])

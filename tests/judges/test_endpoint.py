@@ -225,7 +225,7 @@ def test_an_endpoint_that_is_down_stops_the_run_and_is_no_verdict(server, tmp_pa
     """Three failures in a row; what was answered before is kept, and only the rest is asked again."""
     server.script = lambda number, body: drop if number >= 2 else None
     judge, got = judge_of(server, tmp_path, concurrency=1), {}
-    with pytest.raises(EndpointError, match="failed 3 times in a row, each after 2 retries"):
+    with pytest.raises(EndpointError, match="failed 3 times in a row, with 2 retries"):
         got.update(judge.batch(PAIRS))
     server.script = lambda number, body: drop
     with pytest.raises(EndpointError):
@@ -234,6 +234,14 @@ def test_an_endpoint_that_is_down_stops_the_run_and_is_no_verdict(server, tmp_pa
     again = dict(judge_of(server, tmp_path).batch(PAIRS))
     assert [again[i].safe for i in range(6)] == [True] * 6
     assert len(server.requests) == asked + 4
+
+
+def test_a_server_that_takes_no_request_of_ours_stops_the_run(server):
+    """As one that knows no JSON schemas: it is told at once, not after every response has been asked about in vain."""
+    server.script = lambda number, body: say({"error": {"message": "response_format is not supported"}}, 400)
+    with pytest.raises(EndpointError, match=r"rejected, 400: .*response_format is not supported"):
+        dict(judge_of(server, concurrency=1).batch(PAIRS))
+    assert len(server.requests) == 3
 
 
 def test_answers_are_kept_under_everything_they_depend_on(server, tmp_path):
