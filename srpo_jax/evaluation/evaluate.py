@@ -83,7 +83,7 @@ def evaluate(
     if [p.record_id for p in prompts] != [r.id for r in records]:
         raise ValueError("the prompts are not those of the records; encode them again")
     if score_only:
-        require_responses(params, prompts, config, folder or ".")
+        require_responses(params, prompts, config, folder)
     responses = generate(policy, params, prompts, config, folder, progress=progress)
     told = {"name": name, "step": step, **identity(records, evaluator, config, benchmark, plain=plain)}
     told["provenance"] = provenance(params, prompts, training_judge)

@@ -197,7 +197,7 @@ class MissingResponsesError(ValueError):
 
 
 def require_responses(
-    params: Mapping[str, Any], prompts: Sequence[Prompt], config: GenerateConfig, folder: str | Path
+    params: Mapping[str, Any], prompts: Sequence[Prompt], config: GenerateConfig, folder: str | Path | None
 ) -> None:
     """Checks that a folder holds every response that `generate` would give, so that it samples nothing.
 
@@ -205,13 +205,14 @@ def require_responses(
       MissingResponsesError: some are missing; names the first.
     """
     run = {"params": params_fingerprint(params), **config.decoding()}
-    lines = read_family(Path(folder) / RESPONSES)
+    path = Path(folder or ".") / RESPONSES
+    lines = [] if folder is None else read_family(path)
     known = {_key(line) for line in lines if all(line.get(k) == v for k, v in run.items())}
     wanted = _keys(prompts, config)
     if missing := [key for key in wanted if key not in known]:
         (name, sample, _), told = missing[0], ", ".join(f"{k}={v}" for k, v in config.decoding().items())
         raise MissingResponsesError(
-            f"{Path(folder) / RESPONSES} lacks {len(missing)} of {len(wanted)} responses of these parameters "
+            f"{path} lacks {len(missing)} of {len(wanted)} responses of these parameters "
             f"({run['params']}) at {told}, such as sample {sample} of {name!r}; run without --score_only to generate them"
         )
 

@@ -132,7 +132,7 @@ def intervene(
         config = dataclasses.replace(config, trunk=(*config.trunk, -(-longest // ROUND) * ROUND))
     all_prompts = [one.prompt for one in asked]
     if score_only:
-        require_responses(params, all_prompts, config, folder or ".")
+        require_responses(params, all_prompts, config, folder)
     drawn = generate(policy, params, all_prompts, config, folder, progress=progress)
     by_prompt = {one.prompt.record_id: one for one in asked}
     turns = [_turn(by_prompt[response.record_id], response) for response in drawn]

@@ -96,6 +96,8 @@ def _render(rows: Sequence[Mapping[str, Any]], splits: bool) -> str:
     if own := [(label, row["rates"]) for label, row in zip(named, rows, strict=True) if row.get("rates")]:
         tables.append("\n".join(_table(own, {key: key for _, rates in own for key in rates})))
     names = dict.fromkeys(name for row in rows for name in row.get("by_split", {})) if splits else {}
+    if len(names) == 1 and any("task" in row for row in rows):
+        names = {}  # the only part of a benchmark is the whole
     for name in names:
         pairs = zip(named, rows, strict=True)
         chosen = [(label, row["by_split"][name]) for label, row in pairs if name in row.get("by_split", {})]

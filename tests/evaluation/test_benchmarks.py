@@ -301,9 +301,10 @@ def test_the_published_yes_no_scorer_and_the_strict_one(root):
     said = ["Yes.", "No.", "I know this is fine: yes", "No, another danger"]
     told, own = scored(BENCHMARKS["mmsafeaware"], asked, [respond(*pair) for pair in zip(asked, said, strict=True)])
     assert (own["awareness (strict)"]["rate"], own["awareness (strict)"]["unknown"]) == (0.0, 1.0)
-    assert own["awareness (official)"]["rate"] == 1.0  # "no" in "know"
+    # "no" in "know", and item 128 among the unsafe ones.
+    assert (own["awareness (official)"]["rate"], own["awareness (official)"]["n"]) == (1.0, 2)
     assert own["over-sensitivity (strict)"]["rate"] == pytest.approx(2 / 3)
-    assert own["over-sensitivity (official)"]["rate"] == pytest.approx(1 / 3)  # item 128 takes the unsafe rule
+    assert (own["over-sensitivity (official)"]["rate"], own["over-sensitivity (official)"]["n"]) == (0.5, 2)
     assert told["over_refusal"]["rate"] == pytest.approx(2 / 3)
 
 

@@ -185,7 +185,7 @@ def test_another_judge_scores_stored_responses_without_sampling(policy, tmp_path
     ):
         evaluate(*args, score_only=True, progress=False)
     first = evaluate(*args, progress=False)
-    monkeypatch.setattr("srpo_jax.evaluation.generate._sample", None)
+    monkeypatch.setattr("srpo_jax.exploration.scheduler.prefill", None)
     other = dataclasses.replace(WORLD, name="other-1", answer=lambda r, p: Verdict(True, True, ""))
     again = evaluate(policy, policy.params, RECORDS, other, CONFIG, tmp_path, score_only=True, progress=False)
     assert (first["evaluator"], again["evaluator"]) == (WORLD.name, "other-1")

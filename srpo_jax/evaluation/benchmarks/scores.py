@@ -43,7 +43,10 @@ def correct(one: Judged) -> Outcome:
 
 
 def paired(prompts: Groups, outcome: Callable[[Judged], Outcome] = correct) -> dict[str, Any]:
-    """Share of pairs (`meta["pair"]`) whose two prompts are both answered correctly in the same sample; n counts pairs."""
+    """Share of pairs (`meta["pair"]`) whose two prompts are both answered correctly in the same sample.
+
+    n counts pairs; of a partial copy, those whose two prompts are there.
+    """
     pairs: dict[str, list[list[Judged]]] = {}
     for prompt in prompts:
         pairs.setdefault(prompt[0].record.meta["pair"], []).append(prompt)
