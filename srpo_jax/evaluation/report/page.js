@@ -282,7 +282,7 @@ function turn(by) {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.target.matches("select, textarea, input[type=search]")) { if (event.key === "Escape") event.target.blur(); return; }
-  const chosen = event.target.closest("g[data-row], .limb");
+  const chosen = event.target.closest("g[data-row]");
   if (chosen && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); chosen.dispatchEvent(new MouseEvent("click", {bubbles: true})); return; }
   if (event.key.startsWith("Arrow") && !event.target.closest("#list")) return;
   if (KEYS[event.key] && (state.shown.length || event.key === "/")) { event.preventDefault(); KEYS[event.key](); }

@@ -48,7 +48,6 @@ def render_page(
     verdicts: Sequence[str],
     warnings: Sequence[str] = (),
     corrections: Sequence[Mapping[str, Any]] = (),
-    trees: Sequence[Mapping[str, Any]] = (),
     labels: Sequence[Mapping[str, Any]] = (),
     start: int = 0,
     token: str | None = None,
@@ -61,7 +60,6 @@ def render_page(
       verdicts: sentences below it.
       warnings: what a reader must know first.
       corrections: rows of `correction.correct`, with the label of their policy.
-      trees: explored trees, see `trees.tree_rows`.
       labels: human labels made before.
       start: place of the row whose samples are shown first.
       token: of the server that keeps labels; None for a file, which may contact nobody.
@@ -72,7 +70,7 @@ def render_page(
         policy=content_policy(style, script, save=token is not None),
         style=Markup(style),
         script=Markup(script),
-        blocks=_blocks(contents, trees, labels, start, token),
+        blocks=_blocks(contents, labels, start, token),
         title=title,
         verdicts=verdicts,
         warnings=warnings,
@@ -92,7 +90,6 @@ def render_page(
         versions=next((v for r in reversed(rows) if (v := (r.entry.get("provenance") or {}).get("versions"))), {}),
         origins=[_origin(row) for row in rows],
         digests=("parameters", "prompts", "benchmark"),
-        trees=trees,
     )  # fmt: skip
 
 
@@ -130,7 +127,6 @@ def plain(value: Any) -> str:
 
 def _blocks(
     contents: Contents,
-    trees: Sequence[Mapping[str, Any]],
     labels: Sequence[Mapping[str, Any]],
     start: int,
     token: str | None,
@@ -155,12 +151,10 @@ def _blocks(
         "labels": list(labels),
         "start": start,
         "save": token,
-        "trees": len(trees),
     }
     blocks: dict[str, Any] = {"index": index}
     for begin in range(0, len(samples), CHUNK):
         blocks[f"bodies-{begin // CHUNK}"] = [_body(sample) for _, sample in samples[begin : begin + CHUNK]]
-    blocks |= {f"tree-{number}": tree for number, tree in enumerate(trees)}
     parts = [
         f'<script type="application/json" id="{name}">{json_block(value)}</script>' for name, value in blocks.items()
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ def write_report(
     against: str | None = None,
     margin: float = MARGIN,
     title: str | None = None,
-    trees: Sequence[Mapping[str, Any]] = (),
 ) -> Path:
     """Writes `report.html` and `report.md`, and puts comparisons and corrected rates into `results.json`.
 
@@ -43,7 +42,6 @@ def write_report(
       against: name of the baseline's rows; None takes the first of the same benchmark and decoding.
       margin: of non-inferiority, as a share.
       title: of the report.
-      trees: explored trees to draw, see `trees.tree_rows`.
 
     Returns:
       The HTML file.
@@ -56,7 +54,7 @@ def write_report(
     workdir = Path(workdir)
     contents = assemble(workdir, baseline, against=against, margin=margin)
     labels = read_labels(workdir / LABELS) if (workdir / LABELS).exists() else []
-    page = build_page(contents, title=title, trees=trees, labels=labels)
+    page = build_page(contents, title=title, labels=labels)
     results = read_results(workdir / "results.json")
     if labels:
         results["corrections"] = corrections(contents, labels)
