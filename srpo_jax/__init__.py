@@ -15,11 +15,13 @@ from typing import Any
 _FACE = {
     "ExploreConfig": "srpo_jax.exploration.explorer",
     "Grammar": "srpo_jax.paths",
+    "LoraConfig": "srpo_jax.models.lora",
     "PackConfig": "srpo_jax.trees",
     "Policy": "srpo_jax.models.policy",
     "ReasoningTree": "srpo_jax.trees",
     "Record": "srpo_jax.data.records",
     "TreeBatch": "srpo_jax.trees",
+    "adapt": "srpo_jax.models.policy",
     "evaluate": "srpo_jax.evaluation.evaluate",
     "explore": "srpo_jax.exploration.explorer",
     "forward": "srpo_jax.models.policy",

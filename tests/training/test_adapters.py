@@ -245,6 +245,7 @@ def test_bfloat16_computes_and_float32_moves(policy, batch, mesh):
     assert all(state.frozen[path].dtype == flat[path].dtype for path in state.frozen)
 
 
+@pytest.mark.slow  # two programs to compile; the runs above keep their moments there
 def test_moments_in_the_hosts_memory_change_no_bit(policy, batch, mesh):
     optim = OptimConfig(1e-2, steps=1, schedule="constant", offload=True)
     _, ours, _ = updated(policy, batch, mesh, optim, RUN.compute)
