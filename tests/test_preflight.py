@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -208,3 +211,27 @@ def test_a_released_recipe_is_a_valid_run(size, kind):
     assert local.lora == config.lora
     with pytest.raises(ValueError, match="runlocal"):
         released(size, f"{kind},local")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'srpo_jax[tpu]'"
+)
+def test_the_command_compiles_for_a_tpu(tmp_path):
+    """The quickstart's exploration on a v5e-8, split over its chips; nothing of it fits a chip that is full."""
+    command = [
+        sys.executable,
+        ROOT / "tpu" / "preflight.py",
+        f"--config={ROOT}/configs/quickstart.py",
+        "--topology=v5e-8",
+    ]
+    command += ["--programs=explore", f"--json={tmp_path / 'report.json'}", "--config.mesh.fsdp=8"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report_ = json.loads((tmp_path / "report.json").read_text())
+    (row,) = report_["programs"]
+    assert report_["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert row["fits"]
+    assert 0 < row["memory"]["parameters"] < row["peak"] < row["usable"] == slices.USABLE["v5e"]
+    assert row["collectives"]["all-gather"] > 0
+    assert "explore: " in done.stdout

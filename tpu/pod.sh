@@ -6,17 +6,18 @@
 #   create    queue for the slice and wait until it is there
 #   copy      this repository's last commit to every host
 #   install   Python 3.11, a virtual environment, the package with its TPU extra
+#   mount --share=SERVER:/PATH   mount an NFS share (Filestore, say) as /mnt/srpo on every host: checkpoint, data and work
+#             directory must lie where all hosts see them
 #   run -- SCRIPT [FLAGS]   start `python SCRIPT --distributed FLAGS` on every host; goes on when the terminal closes. A run
-#             that ends with code 75 (preempted, or another host was lost) is started again and resumes. The work directory must be
-#             a folder that all hosts see, such as a Filestore share (docs/scaling.md)
+#             that ends with code 75 (preempted, or another host was lost) is started again and resumes
 #   logs      the last lines of every host
-#   collect --workdir=gs://... --output=FOLDER   bring a copy of the work directory in a bucket and the first host's log here
+#   collect --workdir=/mnt/srpo/... --output=FOLDER   bring the work directory and the first host's log here
 #   delete    give the slice back
 #
 # --dry_run prints exactly the commands that would be executed. Needs the gcloud CLI, logged in and with a project.
 set -euo pipefail
 
-name='' zone='' type='' workdir='' output='' command='' spot=() dry=false
+name='' zone='' type='' share='' workdir='' output='' command='' spot=() dry=false
 
 fail() { echo "pod.sh: $*" >&2; exit 2; }
 do_it() { if $dry; then printf '%q ' "$@"; echo; else "$@"; fi; }
@@ -27,6 +28,7 @@ while [ $# -gt 0 ]; do
     --name=*) name=${1#*=} ;;
     --zone=*) zone=${1#*=} ;;
     --type=*) type=${1#*=} ;;
+    --share=*) share=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
     --output=*) output=${1#*=} ;;
     --spot) spot=(--spot) ;;
@@ -79,6 +81,11 @@ install() {
   everywhere 'sudo apt-get -qq update && sudo apt-get -qq install -y python3.11-venv && cd srpo_jax && python3.11 -m venv .venv && .venv/bin/pip install --quiet ".[tpu]"'
 }
 
+mount_share() {
+  need share
+  everywhere "sudo apt-get -qq install -y nfs-common && sudo mkdir -p /mnt/srpo && sudo mount -t nfs $(printf '%q' "$share") /mnt/srpo"
+}
+
 run() {
   [ $# -gt 0 ] || fail "run -- SCRIPT [FLAGS]"
   local script=$1 line
@@ -91,7 +98,7 @@ collect() {
   need workdir
   need output
   do_it mkdir -p "$output"
-  do_it gcloud storage rsync --recursive "$workdir" "$output"
+  do_it gcloud compute tpus tpu-vm scp --recurse "$name:$workdir" "$output" --zone="$zone" --worker=0
   do_it gcloud compute tpus tpu-vm scp "$name:srpo.log" "$output/host0.log" --zone="$zone" --worker=0
 }
 
@@ -99,6 +106,7 @@ need name
 need zone
 case $command in
   create | copy | install) "$command" ;;
+  mount) mount_share ;;
   run) run "$@" ;;
   logs) everywhere 'tail -n 5 srpo.log' ;;
   collect) collect ;;

@@ -20,13 +20,14 @@ from srpo_jax.preflight.slices import TOPOLOGIES
 ROOT = Path(__file__).resolve().parents[2]
 POD = ROOT / "tpu" / "pod.sh"
 WHERE = ("--name=srpo", "--zone=us-central1-a")
-RUN = ("run", "--", "scripts/train.py", "--workdir=gs://bucket/my runs", "--config.pack.rows=(12, 28)", "--it's=$HOME")
+RUN = ("run", "--", "scripts/train.py", "--workdir=/mnt/srpo/my runs", "--config.pack.rows=(12, 28)", "--it's=$HOME")
 CALLS = {
     "copy": ("copy",),
     "install": ("install",),
+    "mount": ("mount", "--share=10.0.0.2:/share"),
     "run": RUN,
     "logs": ("logs",),
-    "collect": ("collect", "--workdir=gs://bucket/run", "--output=here"),
+    "collect": ("collect", "--workdir=/mnt/srpo/run", "--output=here"),
     "delete": ("delete",),
     "create": ("create", "--type=v5e-64", "--spot"),
 }
@@ -92,7 +93,7 @@ def test_a_host_runs_the_command_again_as_long_as_it_asks_for_it(tmp_path):
     python.chmod(0o755)
     subprocess.run(["bash", "-c", f"{command}\nwait"], cwd=tmp_path, check=False, timeout=60)
     seen = (tmp_path / "srpo_jax" / "seen").read_text().splitlines()
-    expected = "scripts/train.py --distributed --workdir=gs://bucket/my runs --config.pack.rows=(12, 28) --it's=$HOME"
+    expected = "scripts/train.py --distributed --workdir=/mnt/srpo/my runs --config.pack.rows=(12, 28) --it's=$HOME"
     assert seen == [expected] * 3
 
 
@@ -105,6 +106,7 @@ def test_a_host_runs_the_command_again_as_long_as_it_asks_for_it(tmp_path):
         (("copy", "install"), "two commands"),
         (("--spott", "create"), "unknown option --spott"),
         (("run",), "run -- SCRIPT"),
+        (("mount",), "--share is missing"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(arguments, said, tools, tmp_path):
@@ -156,6 +158,10 @@ def test_the_manifest_fits_its_slice_and_the_scripts(manifest):
     scripts = [a for a in container["args"] if a.endswith(".py")]
     configs = [a.partition("=")[2].partition(":")[0] for a in container["args"] if a.startswith("--config=")]
     assert all((ROOT / file).is_file() for file in scripts + configs)
+    mounts = tuple(mount["mountPath"] + "/" for mount in container["volumeMounts"])
+    folders = [a.partition("=")[2] for a in container["args"] if a.partition("=")[2].startswith("/")]
+    assert len(folders) == 3
+    assert all(folder.startswith(mounts) for folder in folders)
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod_["volumes"]}
 
 
