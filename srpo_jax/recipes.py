@@ -1,7 +1,7 @@
 """The shared part of `configs/qwen2_5_vl_*.py`: how a released checkpoint is aligned, and the same on a laptop.
 
 A configuration file takes a string after its name: `configs/qwen2_5_vl_3b.py:full`. It names what moves ("lora", the default,
-or "full") and, after a comma, "runlocal" for a run of the same structure that takes a minute on a CPU: the embedded policy in
+or "full") and, after a comma, "runlocal" for a small run of the same structure on a CPU: the embedded policy in
 the embedded world, two updates, everything small.
 """
 

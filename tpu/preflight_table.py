@@ -4,7 +4,7 @@
 
 Each chip gets one question per update, parameters are split over all chips. Rows are kept in `--json` as they come; a row is
 compiled again only if the program, as it is lowered, or the compiler has changed since, so the command may be interrupted. A
-program takes two to three minutes of two cores and at most 6 GB. `--markdown` prints the table of what is there and compiles
+program takes minutes of two cores and some 2 GB. `--markdown` prints the table of what is there and compiles
 nothing.
 """
 
