@@ -180,7 +180,7 @@ def test_evaluate_writes_results_of_own_records_and_an_own_evaluator(readers, ho
     assert [(e["name"], e["step"]) for e in results["evaluations"]] == [("run", 2), ("run", 2)]
     assert {e["evaluator"] for e in results["evaluations"]} == {"mine-1"}
     assert "| run (greedy)" in out
-    assert "2 prompts, evaluator mine-1, step 2; see evaluated/results.json" in out
+    assert "2 prompts, evaluator mine-1, step 2; see evaluated/report.html" in out
     assert "Finished saving" not in err  # what libraries log
 
 
@@ -250,7 +250,7 @@ def mistakes(home, trained) -> dict[str, tuple[int, str, str]]:
         ("image", ["line 2", "mine-1", "1.png", "damaged"]),
         ("context", ["mine-0", "context", "512", "shorten the question"]),
         ("path", ["record 'mine-0'", "path and reply (pack.path)", "exceeds the largest bucket 32"]),
-        ("world", ["config.eval.name='jsonl'", "eval.path and eval.evaluator"]),
+        ("world", ["config.eval.evaluator is empty", "package.module:NAME"]),
     ],
 )
 def test_mistakes_are_named(mistakes, home, name, parts):
