@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {
     "explore.max_tokens": 10,
-    "explore.trees": 2,
+    "explore.trees": 4,
     "explore.trunk": (320,),
     "explore.patches": (512,),
     "pack.trunk": (320,),
