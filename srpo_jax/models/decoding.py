@@ -85,17 +85,18 @@ def attend_decode(q: jax.Array, trunk: KVCache, own: KVCache, limits: jax.Array,
     grouped = q.reshape(b, m, trunk.keys.shape[1], -1, size)
     seen = jnp.arange(trunk.keys.shape[-1]) < limits[..., None]
     written = jnp.arange(own.keys.shape[-1]) <= steps[..., None]
-    on_trunk = _cached_scores("bmkgd,bkds->bkmgs", grouped, trunk, seen)
-    on_own = _cached_scores("bmkgd,bmkds->bkmgs", grouped, own, written)
+    on_trunk = _cached_scores("bmkgd,bkds->bkmgs", grouped, trunk, seen[:, None, :, None])
+    # Products in the cache's own order of axes: the scores are turned around, which are small, not the keys.
+    on_own = jnp.swapaxes(_cached_scores("bmkgd,bmkds->bmkgs", grouped, own, written[:, :, None, None]), 1, 2)
     on_trunk, on_own = joint_softmax(on_trunk, on_own)
     out = _cached_values("bkmgs,bksd->bmkgd", on_trunk, trunk, q.dtype)
-    out += _cached_values("bkmgs,bmksd->bmkgd", on_own, own, q.dtype)
+    out += _cached_values("bmkgs,bmksd->bmkgd", jnp.swapaxes(on_own, 1, 2), own, q.dtype)
     return out.reshape(b, m, heads, size)
 
 
 def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
-    """`scaled_scores` [B, K, M, G, S] of cached keys; the keys' scales are applied to the products. Mask bool[B, M, S]."""
-    keys, mask = cache.keys.astype(q.dtype), mask[:, None, :, None]
+    """`scaled_scores` of cached keys; the keys' scales are applied to the products."""
+    keys = cache.keys.astype(q.dtype)
     if cache.key_scales is None:
         return scaled_scores(products, q, keys, mask)
     scores = scaled_scores(products, q, keys, jnp.bool_(True))
@@ -103,12 +104,12 @@ def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array)
 
 
 def _cached_values(products: str, weights: jax.Array, cache: KVCache, dtype: jnp.dtype) -> jax.Array:
-    """Mean of cached values under `weights` [B, K, M, G, S]; the values' scales are applied to the weights."""
+    """Mean of cached values under `weights`; the values' scales are applied to the weights."""
     if cache.value_scales is not None:
         weights = weights * _per_head(cache.value_scales)
     return jnp.einsum(products, weights.astype(dtype), cache.values.astype(dtype))
 
 
 def _per_head(scales: jax.Array) -> jax.Array:
-    """Scales of a trunk [B, K, S] or of branches [B, M, K, S] as factors of [B, K, M, G, S]."""
-    return scales[:, :, None, None] if scales.ndim == 3 else jnp.swapaxes(scales, 1, 2)[:, :, :, None]
+    """Scales of a trunk [B, K, S] as factors of [B, K, M, G, S], those of branches [B, M, K, S] of [B, M, K, G, S]."""
+    return scales[:, :, None, None] if scales.ndim == 3 else scales[:, :, :, None]

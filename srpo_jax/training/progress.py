@@ -68,8 +68,11 @@ class Progress:
             print(self._line(step, metrics, values), file=sys.stderr, flush=True)
 
     def _line(self, step: int, metrics: Mapping[str, float], values: Mapping[str, Any]) -> str:
-        loss = f"loss {metrics['loss']:.4f} (reference {metrics['reference_loss']:.4f}"
-        loss += f", contrastive {metrics['contrastive_loss']:.4f})" if metrics.get("pairs") else ")"
+        told = {"reference": "reference_loss"} | ({"contrastive": "contrastive_loss"} if metrics.get("pairs") else {})
+        terms = [
+            f"{name} {metrics[key]:.4f}" for name, key in told.items() if key in metrics
+        ]  # not every objective has both
+        loss = f"loss {metrics['loss']:.4f}" + (f" ({', '.join(terms)})" if terms else "")
         shares = (f"{part} {values[part] / values['seconds']:.0%}" for part in PARTS if values.get(part, 0) > 0)
         left = (self._stop - step) * (values["data"] + values["update"])
         parts = [f"update {step}/{self._stop}", loss, f"{values['seconds']:.2f} s ({', '.join(shares)})"]
