@@ -79,7 +79,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
     with config.unlocked():
         config.explore.temprature = 0.5
     with pytest.raises(
-        configs.ConfigError, match=r"config\.explore has no field temprature; it takes favourable, int8_cache, k,"
+        configs.ConfigError, match=r"config\.explore has no field temprature; it takes favourable, int8_cache,"
     ):
         configs.run_config(config)
 
