@@ -109,7 +109,7 @@ def test_what_a_program_needs_is_what_the_compiler_says(explored, here):
     masters = row["memory"]["parameters"]
     assert 3 * masters <= row["memory"]["resident: training state"] <= 3 * masters + 64
     assert row["memory"]["resident: initial policy"] == masters // 2
-    text_config, tokens = setting.model.text, 8 * (max(setting.run.explore.trunk) + 24 * 8)
+    text_config, tokens = setting.model.text, 8 * (max(setting.run.explore.trunk) + setting.run.explore.width * 8)
     assert row["memory"]["keys and values"] == (
         2 * 4 * text_config.num_layers * text_config.num_kv_heads * text_config.head_dim * tokens
     )
