@@ -8,7 +8,7 @@ One file may hold those of several policies and decodings; a killed run goes on,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +172,7 @@ def generate(
     shape = _shape(policy, prompts, config)
     run = {"params": params_fingerprint(params), **config.decoding()}
     with Store.open(folder, RESPONSES) as store:
-        known = {_key(line): line for line in store.lines if all(line.get(k) == v for k, v in run.items())}
+        known = _of_run(store.lines, run)
         own, quiet = distributed.mine(prompts), not (progress and distributed.is_lead())
         missing = [prompt for prompt in own if any(key not in known for key in _keys([prompt], config))]
         title = f"generate T={config.temperature:g}"
@@ -184,7 +184,7 @@ def generate(
                         store.append(known[key])
                 bar.update()
         if distributed.process_count() > 1:
-            known = {_key(line): line for line in store.share() if all(line.get(k) == v for k, v in run.items())}
+            known = _of_run(store.share(), run)
     return [_response(known[key]) for key in _keys(prompts, config)]
 
 
@@ -207,7 +207,7 @@ def require_responses(
     run = {"params": params_fingerprint(params), **config.decoding()}
     path = Path(folder or ".") / RESPONSES
     lines = [] if folder is None else read_family(path)
-    known = {_key(line) for line in lines if all(line.get(k) == v for k, v in run.items())}
+    known = _of_run(lines, run)
     wanted = _keys(prompts, config)
     if missing := [key for key in wanted if key not in known]:
         (name, sample, _), told = missing[0], ", ".join(f"{k}={v}" for k, v in config.decoding().items())
@@ -251,6 +251,11 @@ def _sample(
         for p in prompts
     )
     return sample(policy, params, requests, shape, config.sampling(policy.processor.stop_ids))
+
+
+def _of_run(lines: Iterable[dict[str, Any]], run: Mapping[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The stored lines, by key, of these parameters and this decoding."""
+    return {_key(line): line for line in lines if all(line.get(k) == v for k, v in run.items())}
 
 
 def _key(line: Mapping[str, Any]) -> tuple[str, int, str]:

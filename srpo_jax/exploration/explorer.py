@@ -152,7 +152,8 @@ def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) ->
     trunks = [make_trunk(record, policy.processor) for record in records]
     for trunk in trunks:
         bucket(_length(trunk), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
-        bucket(_patches(trunk), config.patches or (_patches(trunk),), f"record {trunk.record_id!r}: explore.patches")
+        patches = trunk.encoded.patches
+        bucket(patches, config.patches or (patches,), f"record {trunk.record_id!r}: explore.patches")
     return trunks
 
 
@@ -211,15 +212,11 @@ def _length(trunk: Trunk) -> int:
     return trunk.ends[len(trunk.prefixes) - 1]
 
 
-def _patches(trunk: Trunk) -> int:
-    return trunk.encoded.patches
-
-
 def explore_shape(policy: Policy, trunks: Sequence[Trunk], config: ExploreConfig) -> EngineShape:
     """The engine's sizes for all trunks of a round; those for a part of them may differ, and with them the last bits."""
     prefixes = max(len(trunk.prefixes) for trunk in trunks)
     longest = bucket(max(map(_length, trunks)), config.trunk, "trunk tokens (explore.trunk)")
-    most = max(map(_patches, trunks))
+    most = max(trunk.encoded.patches for trunk in trunks)
     if most and config.patches:
         most = bucket(most, config.patches, "vision patches of a tree (explore.patches)")
     branches = prefixes * config.k

@@ -20,6 +20,7 @@ from srpo_jax.data.images import ImageError, open_image
 from srpo_jax.exploration.judging import Pair
 from srpo_jax.judges.client import Client, ClientConfig, Reply, ReplyStatus
 from srpo_jax.judges.prompts import Template
+from srpo_jax.judges.settings import read_settings
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
@@ -65,16 +66,14 @@ class EndpointConfig:
         Raises:
           ValueError: not a JSON object, an unknown or missing field, or a value that is refused; names file and field.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            theirs = {f.name for f in dataclasses.fields(ClientConfig)}
-            ours = {f.name for f in dataclasses.fields(cls)} - {"client"}
-            if not isinstance(values, dict) or values.keys() - theirs - ours or "model" not in values:
-                raise ValueError(f"give a JSON object with model and any of {', '.join(sorted(theirs | ours))}")
+        theirs = {f.name for f in dataclasses.fields(ClientConfig)}
+        ours = {f.name for f in dataclasses.fields(cls)} - {"client"}
+
+        def make(values: dict[str, Any]) -> EndpointConfig:
             client = ClientConfig(**{k: v for k, v in values.items() if k in theirs})
             return cls(client, **{k: v for k, v in values.items() if k in ours})
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+
+        return read_settings(path, theirs | ours, "model", make)
 
 
 class EndpointJudge(Generic[T]):

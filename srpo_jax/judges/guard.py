@@ -31,6 +31,7 @@ from srpo_jax.exploration.sampler import SampleConfig
 from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.inputs import Encoded, Inputs, batch_inputs
 from srpo_jax.judges.prompts import Template
+from srpo_jax.judges.settings import read_settings
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.logprobs import head_logits
@@ -98,15 +99,12 @@ class GuardConfig:
         Raises:
           ValueError: not a JSON object, an unknown or missing field, or a value that is refused; names file and field.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            known = {field.name for field in dataclasses.fields(cls)}
-            if not isinstance(values, dict) or values.keys() - known or "path" not in values:
-                raise ValueError(f"give a JSON object with path and any of {', '.join(sorted(known))}")
+
+        def make(values: dict[str, Any]) -> GuardConfig:
             fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
             return cls(**fields)
-        except (OSError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: {error}") from None
+
+        return read_settings(path, (field.name for field in dataclasses.fields(cls)), "path", make)
 
 
 class GuardJudge(Generic[T]):

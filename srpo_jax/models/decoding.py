@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from srpo_jax.models.attention import joint_softmax, scaled_scores
+from srpo_jax.models.quantize import round_to_int8
 
 
 class KVCache(NamedTuple):
@@ -31,7 +32,7 @@ class KVCache(NamedTuple):
         k, v = jnp.swapaxes(k, -3, -2), jnp.swapaxes(v, -3, -2)
         if not int8:
             return KVCache(jnp.swapaxes(k, -1, -2), v)
-        (k, k_scale), (v, v_scale) = to_int8(k), to_int8(v)
+        (k, k_scale), (v, v_scale) = round_to_int8(k, axis=-1), round_to_int8(v, axis=-1)
         return KVCache(jnp.swapaxes(k, -1, -2), v, k_scale, v_scale)
 
     def layer(self, index: jax.Array) -> KVCache:
@@ -47,13 +48,6 @@ class KVCache(NamedTuple):
         values = self.values.at[(*here, step)].set(one.values[..., 0, :])
         scales = jax.tree.map(lambda old, new: old.at[(*here, step)].set(new[..., 0]), self[2:], one[2:])
         return KVCache(keys, values, *scales)
-
-
-def to_int8(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`x` float[..., D] as int8[..., D] times a scale float32[...]: the vector's largest magnitude becomes 127."""
-    wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    return jnp.round(wide / jnp.maximum(scale, 1e-30)[..., None]).astype(jnp.int8), scale
 
 
 class CombCache(NamedTuple):

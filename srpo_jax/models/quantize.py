@@ -48,12 +48,15 @@ def scale_path(path: str) -> str:
     return path.removesuffix("kernel") + "kernel_scale"
 
 
-def round_to_int8(kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int8[..., in, out] values and float32[..., out] scales of a kernel float[..., in, out]."""
-    kernel = kernel.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(kernel), axis=-2) / LARGEST
-    scale = jnp.where(scale > 0, scale, 1.0)  # a channel of zeros
-    return jnp.round(kernel / scale[..., None, :]).astype(jnp.int8), scale
+def round_to_int8(x: jax.Array, axis: int = -2) -> tuple[jax.Array, jax.Array]:
+    """int8 values of `x`, and float32 scales without `axis`, over which the largest magnitude becomes 127.
+
+    By default the inputs of a kernel float[..., in, out]: one scale per output channel.
+    """
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=axis) / LARGEST
+    scale = jnp.where(scale > 0, scale, 1.0)  # nothing but zeros
+    return jnp.round(x / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
 
 
 def dequantised(values: jax.Array, scale: jax.Array) -> jax.Array:

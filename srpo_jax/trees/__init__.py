@@ -2,7 +2,7 @@
 
 from srpo_jax.trees.packing import PackShape, Rows, TreeBatch, balance, pack_rows, pack_shape, pack_trees
 from srpo_jax.trees.selection import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs, usable_branches, verdict_of
-from srpo_jax.trees.shapes import EXTRAS, PATCHES, Ladder, PackConfig, bucket, check_trunks, patches_of, rows_needed
+from srpo_jax.trees.shapes import EXTRAS, PATCHES, Ladder, PackConfig, bucket, check_trunks, rows_needed
 from srpo_jax.trees.tree import Branch, ReasoningTree, Trunk
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
     "pack_rows",
     "pack_shape",
     "pack_trees",
-    "patches_of",
     "rows_needed",
     "select_pairs",
     "usable_branches",

@@ -22,7 +22,7 @@ import numpy as np
 
 from srpo_jax.inputs import Array, VisionInputs, batch_vision, pad_to
 from srpo_jax.trees.selection import UNKNOWN, select_pairs, usable_branches
-from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of, patches_of
+from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of
 from srpo_jax.trees.tree import Branch, ReasoningTree
 
 
@@ -241,12 +241,14 @@ def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> 
     fullest = max(groups, key=lambda group: sum(len(p.rows) for p in group))
     average = -(-sum(len(p.rows) for p in fullest) // each)
     largest = max(fullest, key=lambda p: len(p.rows)).tree.trunk
-    patches = max(patches_of(p.tree.trunk) for p in parts)
+    patches = max(p.tree.trunk.encoded.patches for p in parts)
     trunk = fit(lambda p: len(p.tree.trunk.encoded.tokens), config.trunk, "trunk tokens (pack.trunk)")
     return PackShape(
         context=-(-trunk // config.row),
         path=fit(lambda p: len(p.tree.trunk.path), config.path, "tokens of path and reply (pack.path)"),
-        patches=fit(lambda p: patches_of(p.tree.trunk), config.patches or (patches,), "vision patches (pack.patches)")
+        patches=fit(
+            lambda p: p.tree.trunk.encoded.patches, config.patches or (patches,), "vision patches (pack.patches)"
+        )
         if patches
         else 0,
         rows=each * bucket_of(largest, average, config.rows, "rows of trunk and branches (pack.rows)"),

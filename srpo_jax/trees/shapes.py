@@ -90,8 +90,8 @@ def check_trunks(trunks: Iterable[Trunk], pack: PackConfig, k: int = 0, max_toke
     for trunk in trunks:
         bucket_of(trunk, len(trunk.encoded.tokens), pack.trunk, "trunk tokens (pack.trunk)")
         bucket_of(trunk, len(trunk.path), pack.path, "tokens of path and reply (pack.path)")
-        if pack.patches and patches_of(trunk):
-            bucket_of(trunk, patches_of(trunk), pack.patches, "vision patches (pack.patches)")
+        if pack.patches and trunk.encoded.patches:
+            bucket_of(trunk, trunk.encoded.patches, pack.patches, "vision patches (pack.patches)")
         if k and pack.substitutes:
             steps = trunk.ends[-1] - trunk.ends[0]
             unsafe = 0 if trunk.unsafe_reply is None else steps + len(trunk.unsafe_reply)
@@ -108,11 +108,6 @@ def rows_needed(trunk: int, count: int, longest: int, row: int) -> int:
     First fit fills all rows but the last with as many of the longest branches as they hold.
     """
     return -(-trunk // row) + -(-count // max(1, row // max(1, longest - 1)))
-
-
-def patches_of(trunk: Trunk) -> int:
-    """Vision patches of a trunk's images, whole windows."""
-    return 0 if trunk.encoded.vision is None else len(trunk.encoded.vision.patches)
 
 
 def bucket_of(trunk: Trunk, size: int, ladder: Ladder, what: str) -> int:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from srpo_jax.models import attention, decoding
+from srpo_jax.models.quantize import round_to_int8
 from srpo_jax.trees import Rows
 
 B, N, R, T, H, K, D = 2, 4, 5, 7, 4, 2, 8
@@ -119,7 +120,7 @@ def test_decoding_is_the_last_row_of_a_comb():
 def test_int8_keys_and_values_keep_two_digits_at_any_size(size):
     """Half a step of 127 on every entry; scales are per token and head, so sizes of tokens do not matter."""
     x = jnp.asarray(random(B, T, K, D, scale=size))
-    whole, scale = decoding.to_int8(x)
+    whole, scale = round_to_int8(x, axis=-1)
     assert whole.dtype == jnp.int8
     np.testing.assert_allclose(whole * scale[..., None], x, atol=float(jnp.abs(x).max()) / 254 * 1.001)
-    assert jax.tree.leaves(decoding.to_int8(jnp.zeros((2, D))))[0].tolist() == [[0] * D] * 2
+    assert jax.tree.leaves(round_to_int8(jnp.zeros((2, D)), axis=-1))[0].tolist() == [[0] * D] * 2
