@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +61,29 @@ def open_image(source: str | Path | PIL.Image.Image, *, max_pixels: int = MAX_PI
         raise ImageError(f"{path}: {error}; scale it down") from error
     except Exception as error:  # Decoders raise many kinds on broken data, not all of them documented.
         raise ImageError(f"{path}: cut short or damaged ({error}); restore it or remove the record") from error
+
+
+def image_url(image: str | Path | PIL.Image.Image, side: int, size: int) -> str:
+    """A picture as a data URL of bounded size: PNG if it fits, else JPEG; pixels only, no metadata.
+
+    Args:
+      image: see `open_image`.
+      side: it is shrunk to this many pixels on its longer side.
+      size: most bytes of the file within the URL.
+
+    Raises:
+      ImageError: it cannot be read, or does not fit into `size` bytes.
+    """
+    picture = open_image(image)
+    picture.thumbnail((side, side))
+    for kind, options in (("png", {}), ("jpeg", {"quality": 90})):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        if buffer.tell() <= size:
+            return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    raise ImageError(
+        f"a picture of {picture.width} × {picture.height} does not fit into {size} bytes; lower image_side"
+    )
 
 
 def _check_size(image: PIL.Image.Image, name: str, max_pixels: int) -> None:

@@ -7,18 +7,16 @@ else (a refusal, a filter, a time-out, a reply in prose) is an unknown verdict w
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import hashlib
-import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from srpo_jax.data.images import ImageError, open_image
+from srpo_jax.data.images import ImageError, image_url
+from srpo_jax.endpoint import Client, ClientConfig, Reply, ReplyStatus
 from srpo_jax.exploration.judging import Pair
-from srpo_jax.judges.client import Client, ClientConfig, Reply, ReplyStatus
 from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.settings import read_settings
 from srpo_jax.judges.verdict import StepVerdict, Verdict
@@ -227,21 +225,3 @@ def _fields(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     if wrong := [name for name in fields if not isinstance(value[name], kinds[name])]:
         raise ValueError(f"unparsable: {wrong[0]} is {value[wrong[0]]!r:.50}")
     return value
-
-
-def image_url(image: Any, side: int, size: int) -> str:
-    """A picture as a data URL of bounded size.
-
-    Raises:
-      ImageError: it cannot be read, or does not fit into `size` bytes.
-    """
-    picture = open_image(image)
-    picture.thumbnail((side, side))
-    for kind, options in (("png", {}), ("jpeg", {"quality": 90})):
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **options)
-        if buffer.tell() <= size:
-            return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    raise ImageError(
-        f"a picture of {picture.width} × {picture.height} does not fit into {size} bytes; lower image_side"
-    )

@@ -54,7 +54,8 @@ def make_judge(spec: str, folder: str | Path | None = None) -> Judge:
 
 def _endpoint(spec: str, rest: str, folder: str | Path | None) -> Judge:
     try:
-        from srpo_jax.judges.endpoint import ClientConfig, EndpointConfig, endpoint_judge
+        from srpo_jax.endpoint import ClientConfig
+        from srpo_jax.judges.endpoint import EndpointConfig, endpoint_judge
     except ImportError as error:
         raise JudgeError(f"{spec!r} needs the client library: pip install 'srpo_jax[judge]' ({error})") from error
     model, _, url = rest.partition("@")

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from srpo_jax import endpoint as clients
 from srpo_jax.data import scenes
-from srpo_jax.judges import client as clients
-from srpo_jax.judges.client import Client, ClientConfig, EndpointError, Reply, ReplyStatus
+from srpo_jax.endpoint import Client, ClientConfig, EndpointError, Reply, ReplyStatus
 from srpo_jax.judges.endpoint import EndpointConfig, endpoint_judge, image_url, read_answer, read_steps
 from srpo_jax.judges.registry import JudgeError, make_judge
 from srpo_jax.judges.verdict import Verdict

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from srpo_jax.data.items import Item
-from srpo_jax.judges.client import ClientConfig
+from srpo_jax.endpoint import ClientConfig
 from srpo_jax.judges.endpoint import EndpointConfig, endpoint_judge
 from srpo_jax.paths import ParsedPath, Status
 

@@ -31,7 +31,7 @@ from srpo_jax.files import Store, read_family
 
 REPLIES = "replies.jsonl"
 MAX_BODY = 4 << 20
-"""Bytes of a reply that are read; a verdict needs a few hundred."""
+"""Bytes of a reply that are read; a long answer needs a few thousand."""
 MAX_WAIT = 120.0
 """Seconds that a server may ask us to wait before the next try."""
 
@@ -45,7 +45,7 @@ class ReplyStatus(enum.StrEnum):
 
     Members:
       OK: text.
-      REFUSED: the model declined to judge.
+      REFUSED: the model declined to answer.
       FILTERED: a content filter stopped the question or the reply.
       CUT: the reply reached its token limit.
       REJECTED: the server will not take this request (too long, say).
