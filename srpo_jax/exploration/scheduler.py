@@ -111,7 +111,7 @@ def program_shapes(
     graphdef: nnx.GraphDef, params: Any, shape: EngineShape, config: SampleConfig, vision: VisionConfig, mesh: Mesh
 ) -> tuple[EngineState, tuple[PackedInputs, Trees, np.ndarray]]:
     """Shapes and shardings of what `prefill` and `decode` take beside parameters: the state, and a pack with its trees."""
-    state = jax.eval_shape(lambda p: start(graphdef, p, shape, config, None), params)
+    state = jax.eval_shape(lambda p: start(graphdef, p, shape, config, mesh), params)
     nothing = np.zeros(shape.pack.sequences, np.int32)
     group = (pack_inputs([], shape.pack, empty_vision(vision)), _trees([], shape), nothing)
     parts, split = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)

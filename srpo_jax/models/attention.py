@@ -158,9 +158,9 @@ def _attend_rows(q: jax.Array, own: KeyValues, trunk: KeyValues, limits: jax.Arr
     on_own = scaled_scores(products, grouped, own_k, same[:, :, None, None])
     on_trunk = scaled_scores(products, grouped, trunk_k, seen[:, :, None, None])
     on_own, on_trunk = joint_softmax(on_own, on_trunk)
-    out = jnp.einsum("gnkhqs,gnskd->gnqkhd", on_own.astype(own_v.dtype), own_v)
-    out += jnp.einsum("gnkhqs,gnskd->gnqkhd", on_trunk.astype(trunk_v.dtype), trunk_v)
-    return out.reshape(q.shape)
+    out = weighted_values("gnkhqs,gnskd->gnqkhd", on_own.astype(own_v.dtype), own_v)
+    out += weighted_values("gnkhqs,gnskd->gnqkhd", on_trunk.astype(trunk_v.dtype), trunk_v)
+    return out.astype(q.dtype).reshape(q.shape)
 
 
 def joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -169,6 +169,12 @@ def joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
     a, b = jnp.exp(a - peak), jnp.exp(b - peak)
     total = a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True)
     return a / total, b / total
+
+
+def weighted_values(products: str, weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Weighted sums of values in float32 or wider: two parts of one softmax are added before they are rounded."""
+    dtype = jnp.promote_types(v.dtype, jnp.float32)
+    return jnp.einsum(products, weights, v, preferred_element_type=dtype)
 
 
 def scaled_scores(products: str, q: jax.Array, k: jax.Array, mask: jax.Array) -> jax.Array:

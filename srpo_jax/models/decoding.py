@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.models.attention import joint_softmax, scaled_scores
+from srpo_jax.models.attention import joint_softmax, scaled_scores, weighted_values
 from srpo_jax.models.quantize import round_to_int8
 
 
@@ -15,7 +15,7 @@ class KVCache(NamedTuple):
     """Keys and values that decoding reads, laid out so that every product of a step reads memory in order.
 
     Attributes:
-      keys: [..., K, D, S], in the policy's dtype or int8.
+      keys: [..., K, D, S], in the policy's dtype, a wider one, or int8.
       values: [..., K, S, D].
       key_scales: float32[..., K, S], what one unit of an int8 key is worth; None for unquantised keys.
       value_scales: float32[..., K, S].
@@ -85,23 +85,23 @@ def attend_decode(q: jax.Array, trunk: KVCache, own: KVCache, limits: jax.Array,
     on_trunk, on_own = joint_softmax(on_trunk, on_own)
     out = _cached_values("bkmgs,bksd->bmkgd", on_trunk, trunk, q.dtype)
     out += _cached_values("bmkgs,bmksd->bmkgd", jnp.swapaxes(on_own, 1, 2), own, q.dtype)
-    return out.reshape(b, m, heads, size)
+    return out.astype(q.dtype).reshape(b, m, heads, size)
 
 
 def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
     """`scaled_scores` of cached keys; the keys' scales are applied to the products."""
-    keys = cache.keys.astype(q.dtype)
     if cache.key_scales is None:
-        return scaled_scores(products, q, keys, mask)
-    scores = scaled_scores(products, q, keys, jnp.bool_(True))
+        return scaled_scores(products, q, cache.keys, mask)
+    scores = scaled_scores(products, q, cache.keys.astype(q.dtype), jnp.bool_(True))
     return jnp.where(mask, scores * _per_head(cache.key_scales), jnp.finfo(scores.dtype).min)
 
 
 def _cached_values(products: str, weights: jax.Array, cache: KVCache, dtype: jnp.dtype) -> jax.Array:
-    """Mean of cached values under `weights`; the values' scales are applied to the weights."""
-    if cache.value_scales is not None:
-        weights = weights * _per_head(cache.value_scales)
-    return jnp.einsum(products, weights.astype(dtype), cache.values.astype(dtype))
+    """Mean of cached values under `weights`, in their dtype; the values' scales are applied to the weights."""
+    if cache.value_scales is None:
+        return weighted_values(products, weights.astype(dtype), cache.values)
+    weights = weights * _per_head(cache.value_scales)
+    return weighted_values(products, weights.astype(dtype), cache.values.astype(dtype))
 
 
 def _per_head(scales: jax.Array) -> jax.Array:
