@@ -27,6 +27,7 @@ _FACE = {
     "forward": "srpo_jax.models.policy",
     "load_policy": "srpo_jax.api",
     "pack": "srpo_jax.api",
+    "score": "srpo_jax.api",
     "srpo_loss": "srpo_jax.api",
 }
 _MODULES = ("losses", "paths", "trees")

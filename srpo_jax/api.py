@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 
 from srpo_jax.models import policy as policies
 from srpo_jax.models.policy import Policy
+from srpo_jax.models.scoring import score_trees
 from srpo_jax.runs import is_run, load_run
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.step import tree_loss
@@ -45,8 +47,14 @@ def pack(trees: Sequence[ReasoningTree], policy: Policy | None = None, config: P
     Raises:
       ValueError: no trees, a tree that does not fit `config`, or one with token ids that the policy does not have.
     """
+    _check_vocabulary(trees, policy)
+    return pack_trees(trees, config or _fitting(trees))[0]
+
+
+def _check_vocabulary(trees: Sequence[ReasoningTree], policy: Policy | None) -> None:
+    """Raises ValueError without trees, and for token ids that the policy does not have."""
     if not trees:
-        raise ValueError("no trees to pack")
+        raise ValueError("no trees: give at least one")
     vocabulary = float("inf") if policy is None else policy.config.text.vocab_size
     for tree in trees:
         largest = max(int(x.max(initial=0)) for x in (tree.trunk.encoded.tokens, *(b.tokens for b in tree.branches)))
@@ -55,7 +63,6 @@ def pack(trees: Sequence[ReasoningTree], policy: Policy | None = None, config: P
                 f"record {tree.trunk.record_id!r}: token id {largest} is none of the policy's {vocabulary}; the tree was "
                 "explored with another tokenizer"
             )
-    return pack_trees(trees, config or _fitting(trees))[0]
 
 
 def _fitting(trees: Sequence[ReasoningTree]) -> PackConfig:
@@ -71,6 +78,37 @@ def _fitting(trees: Sequence[ReasoningTree]) -> PackConfig:
         branches=(policies.bucket(count) if count else 0,),
         branch=(row + 1,),
     )
+
+
+def score(
+    policy: Policy,
+    params: Mapping[str, Any] | None,
+    trees: Sequence[ReasoningTree],
+    config: PackConfig | None = None,
+    *,
+    batch: int = 8,
+) -> list[ReasoningTree]:
+    """The trees with the log-probs of their branches under this policy, whoever wrote the branches.
+
+    Args:
+      policy: whose module to use.
+      params: the parameters; None takes the policy's. In a job of several processes, a `sharding.local_copy`.
+      trees: at least one; verdicts stay as they are.
+      config: shapes, such as those of an update; None takes ones that fit (see `pack`).
+      batch: trees scored together.
+
+    Raises:
+      ValueError: as `pack`.
+    """
+    _check_vocabulary(trees, policy)
+    params = policy.params if params is None else params
+    scores = score_trees(policy.graphdef, params, trees, config or _fitting(trees), batch)
+    return [
+        dataclasses.replace(
+            tree, branches=tuple(dataclasses.replace(b, logprobs=x) for b, x in zip(tree.branches, row, strict=True))
+        )
+        for tree, row in zip(trees, scores, strict=True)
+    ]
 
 
 def srpo_loss(

@@ -116,7 +116,7 @@ def _defaults(cls: type, **given: Any) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         default = given.get(field.name, field.default)
-        kind = int if "int" in str(field.type) else tuple
+        kind = int if str(field.type).startswith("int") else tuple
         values[field.name] = placeholder(kind) if default is None else default
     return values
 
@@ -200,7 +200,8 @@ def _check_values(run: RunConfig) -> None:
 
 def _check_shapes(run: RunConfig) -> None:
     """Raises ConfigError where a tree that exploration can make would not fit the shapes of the update, hours later."""
-    count, tokens = run.explore.k * len(GRAMMAR.titles), run.explore.max_tokens
+    prefixes = range(len(GRAMMAR.titles)) if run.explore.prefixes is None else run.explore.prefixes
+    count, tokens = run.explore.k * len(prefixes), run.explore.max_tokens
     substitutes = len(GRAMMAR.titles) * run.pack.substitutes
     needs = {"branch": tokens, "row": tokens - 1, "branches": count + substitutes}
     needs["rows"] = rows_needed(run.pack.trunk[-1], count + substitutes, tokens, run.pack.row)

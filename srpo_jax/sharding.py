@@ -137,9 +137,10 @@ def cache_sharding(mesh: Mesh, shape: tuple[int, ...], heads: int) -> NamedShard
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None where they lie on one device without any."""
+    """The mesh that parameters lie on; None where they lie on one device without any, or are a `local_copy`."""
     where = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+    mesh = where.mesh if isinstance(where, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) and mesh.axis_names == AXES else None
 
 
 def from_local(tree: Any, where: NamedSharding) -> Any:

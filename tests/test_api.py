@@ -90,6 +90,24 @@ def test_the_loss_is_that_of_the_formula_on_the_same_logprobs_and_has_a_gradient
     np.testing.assert_allclose(float(loss - lower), step * slope, rtol=0.05)
 
 
+def test_branches_from_elsewhere_are_scored_under_the_policy(tiny_policy, trees):
+    """What explored them gives the log-probs that they were sampled with; other parameters give others."""
+    unknown = [
+        dataclasses.replace(
+            tree, branches=tuple(dataclasses.replace(b, logprobs=0 * b.logprobs) for b in tree.branches)
+        )
+        for tree in trees
+    ]
+    scored = sx.score(tiny_policy, None, unknown, batch=len(trees))
+    for tree, wanted in zip(scored, trees, strict=True):
+        for ours, theirs in zip(tree.branches, wanted.branches, strict=True):
+            np.testing.assert_allclose(ours.logprobs, theirs.logprobs, atol=1e-4)
+            assert (ours.prefix, ours.verdict, ours.status) == (theirs.prefix, theirs.verdict, theirs.status)
+    halved = tiny_policy.params | {"head": 0.5 * tiny_policy.params["head"]}
+    [other] = sx.score(tiny_policy, halved, unknown[:1], batch=len(trees))
+    assert not np.allclose(other.branches[0].logprobs, scored[0].branches[0].logprobs, atol=1e-2)
+
+
 def test_packing_needs_no_configuration_whatever_the_trees(tiny_policy, trees):
     def batch(*chosen):
         return sx.pack(chosen, tiny_policy)

@@ -43,6 +43,7 @@ class ExploreConfig:
 
     Attributes:
       k: branches per prefix.
+      prefixes: the prefixes that are continued, ascending; None for all. `(0,)` samples `k` whole responses from the root.
       temperature: of sampling; further options of a draw as in `sampler.SampleConfig`.
       max_tokens: token budget of a branch.
       trees: trees that decode together; on a mesh a multiple of its data × fsdp devices.
@@ -56,6 +57,7 @@ class ExploreConfig:
     """
 
     k: int = 4
+    prefixes: tuple[int, ...] | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -73,7 +75,20 @@ class ExploreConfig:
     def __post_init__(self):
         if self.favourable not in ("safe_and_effective", "safe"):
             raise ValueError(f"favourable={self.favourable!r}: use 'safe_and_effective' or 'safe'")
+        if self.prefixes is not None and (
+            not self.prefixes or list(self.prefixes) != sorted(set(self.prefixes)) or not self.prefixes[0] >= 0
+        ):
+            raise ValueError(f"prefixes={self.prefixes}: give at least one, from 0 on, ascending; or None for all")
         self.sampling(())
+
+    def prefixes_of(self, trunk: Trunk) -> np.ndarray:
+        """int32[P]: the prefixes of a trunk that are continued; ValueError for one that it does not have."""
+        chosen = trunk.prefixes if self.prefixes is None else self.prefixes
+        if chosen[-1] not in trunk.prefixes:
+            raise ValueError(
+                f"record {trunk.record_id!r}: explore.prefixes={self.prefixes}, but it has prefixes 0 to {trunk.prefixes[-1]}"
+            )
+        return np.asarray(chosen, np.int32)
 
     def sampling(self, stop_ids: tuple[int, ...]) -> SampleConfig:
         """How its branches' tokens are drawn."""
@@ -151,7 +166,7 @@ def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) ->
     """Trunks of the records; ValueError for one that no bucket holds."""
     trunks = [make_trunk(record, policy.processor) for record in records]
     for trunk in trunks:
-        bucket(_length(trunk), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
+        bucket(_length(trunk, config), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
         patches = trunk.encoded.patches
         bucket(patches, config.patches or (patches,), f"record {trunk.record_id!r}: explore.patches")
     return trunks
@@ -207,15 +222,15 @@ def _sampled(
     return [found[trunk.record_id] for trunk in trunks]
 
 
-def _length(trunk: Trunk) -> int:
-    """Trunk tokens that some branch sees: nobody continues the last step."""
-    return trunk.ends[len(trunk.prefixes) - 1]
+def _length(trunk: Trunk, config: ExploreConfig) -> int:
+    """Trunk tokens that some branch sees."""
+    return trunk.ends[config.prefixes_of(trunk)[-1]]
 
 
 def explore_shape(policy: Policy, trunks: Sequence[Trunk], config: ExploreConfig) -> EngineShape:
     """The engine's sizes for all trunks of a round; those for a part of them may differ, and with them the last bits."""
-    prefixes = max(len(trunk.prefixes) for trunk in trunks)
-    longest = bucket(max(map(_length, trunks)), config.trunk, "trunk tokens (explore.trunk)")
+    prefixes = max(len(config.prefixes_of(trunk)) for trunk in trunks)
+    longest = bucket(max(_length(t, config) for t in trunks), config.trunk, "trunk tokens (explore.trunk)")
     most = max(trunk.encoded.patches for trunk in trunks)
     if most and config.patches:
         most = bucket(most, config.patches, "vision patches of a tree (explore.patches)")
@@ -244,14 +259,14 @@ def sample_trees(
     def requests() -> Iterator[Request]:
         for trunk in trunks:
             taken.append(trunk)
-            prefixes = np.repeat(np.arange(len(trunk.prefixes), dtype=np.int32), config.k)
-            numbers = np.arange(len(prefixes), dtype=np.int32) % config.k
-            keys = branch_keys(record_key(key, trunk.record_id), prefixes, numbers)
-            yield Request(trunk.encoded, np.asarray(trunk.ends[:-1], np.int32), prefixes, keys)
+            chosen = config.prefixes_of(trunk)
+            places, numbers = (x.astype(np.int32) for x in np.divmod(np.arange(len(chosen) * config.k), config.k))
+            keys = branch_keys(record_key(key, trunk.record_id), chosen[places], numbers)
+            yield Request(trunk.encoded, np.asarray(trunk.ends, np.int32)[chosen], places, keys)
 
     for number, samples in sample(policy, params, requests(), shape, config.sampling(policy.processor.stop_ids)):
         trunk = taken[number]
-        prefixes = np.repeat(trunk.prefixes, config.k)
+        prefixes = np.repeat(config.prefixes_of(trunk), config.k)
         ones = [jax.tree.map(lambda x, m=m: x[m], samples) for m in range(len(prefixes))]
         yield ReasoningTree(
             trunk, tuple(_branch(policy, trunk, int(i), x) for i, x in zip(prefixes, ones, strict=True))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
+from srpo_jax import sharding
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK, token_logprobs
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
-from srpo_jax.trees import TreeBatch
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, TreeBatch, pack_trees
 
 
 def tree_logprobs(
@@ -38,3 +47,65 @@ def tree_logprobs(
         return jnp.take_along_axis(scores, at.reshape(buffers, -1), axis=1).reshape(at.shape)
 
     return of(batch.path_slots, batch.path_targets.shape[1]), of(batch.branch_slots, batch.tokens.shape[2])
+
+
+def score_trees(
+    graphdef: nnx.GraphDef,
+    params: Mapping[str, Any],
+    trees: Sequence[ReasoningTree],
+    pack: PackConfig,
+    batch: int,
+    *,
+    chunk: int = CHUNK,
+    attention: str = "auto",
+) -> Iterator[list[np.ndarray]]:
+    """log π of the tokens of all branches of given trees, whoever wrote them: packed as an update packs, forward alone.
+
+    Args:
+      graphdef: of the policy's module.
+      params: its parameters; on a mesh, trees are split over its data axes.
+      trees: verdicts do not matter.
+      pack: shapes; those of an update give the programs' shapes of that update.
+      batch: trees scored together, on a mesh a multiple of its data × fsdp.
+      chunk: see `tree_logprobs`.
+      attention: see `tree_logprobs`.
+
+    Yields:
+      For each tree, in order, float32[n] of each branch, in order: raw policy, temperature 1.
+
+    Raises:
+      ValueError: a tree that exceeds the largest shapes; names its record.
+    """
+    mesh = sharding.mesh_of(params)
+    buffers = 1 if mesh is None else sharding.batch_parts(mesh)
+    pack = dataclasses.replace(pack, extras=(), substitutes=False, max_pairs=1)
+    for start in range(0, len(trees), batch):
+        part = [_alike(tree) for tree in trees[start : start + batch]]
+        packed, _ = pack_trees([tree for tree, _ in part], pack, size=batch, buffers=buffers)
+        if mesh is not None:
+            packed = jax.device_put(packed, sharding.batch_sharding(mesh))
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            scores = jax.device_get(_branch_logprobs(graphdef, params, packed, chunk=chunk, attention=attention))
+        for (_, places), row in zip(part, scores, strict=False):
+            yield [row[place, :length] for place, length in places]
+
+
+def _alike(tree: ReasoningTree) -> tuple[ReasoningTree, list[tuple[int, int]]]:
+    """The distinct branches of a tree, one verdict for all so that packing keeps them, and where each branch is: (index,
+    length)."""
+    distinct: dict[tuple[int, bytes], int] = {}
+    kept: list[Branch] = []
+    for branch in tree.branches:
+        key = branch.prefix, branch.tokens.tobytes()
+        if key not in distinct:
+            distinct[key] = len(kept)
+            kept.append(dataclasses.replace(branch, verdict=True, logprobs=np.zeros(len(branch.tokens), np.float32)))
+    places = [(distinct[b.prefix, b.tokens.tobytes()], len(b.tokens)) for b in tree.branches]
+    return dataclasses.replace(tree, branches=tuple(kept)), places
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "chunk", "attention"))
+def _branch_logprobs(
+    graphdef: nnx.GraphDef, params: Mapping[str, Any], batch: TreeBatch, *, chunk: int, attention: str
+) -> jax.Array:
+    return tree_logprobs(nnx.merge(graphdef, params), batch, chunk=chunk, attention=attention)[1]

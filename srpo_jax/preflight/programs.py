@@ -164,9 +164,10 @@ def update_program(setting: Setting, chip: Chip) -> Program:
 def explore_programs(setting: Setting, chip: Chip) -> list[Program]:
     """Exploration with a snapshot of the policy, while the training state waits."""
     how = setting.run.explore
-    branches = STEPS * how.k
+    prefixes = STEPS if how.prefixes is None else len(how.prefixes)
+    branches = prefixes * how.k
     pack = _pack(setting, how.prefill, max(how.trunk), _patches(how, setting))
-    shape = EngineShape(how.trees, min(how.width or branches, branches), branches, STEPS, pack, how.int8_cache)
+    shape = EngineShape(how.trees, min(how.width or branches, branches), branches, prefixes, pack, how.int8_cache)
     waiting = {
         "training state": bytes_of(setting.state.params) + bytes_of(setting.state.opt_state),
         "initial policy": _kept(setting),

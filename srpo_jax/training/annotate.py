@@ -14,9 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 from tqdm import tqdm
 
 from srpo_jax import distributed
@@ -26,10 +24,10 @@ from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.quantize import compute_params
-from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.models.scoring import score_trees
 from srpo_jax.sharding import local_copy
 from srpo_jax.training.step import ComputeConfig
-from srpo_jax.trees import Branch, PackConfig, ReasoningTree, pack_trees, usable_branches
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, usable_branches
 
 REFERENCE = "reference.jsonl"
 
@@ -93,38 +91,23 @@ def with_reference(
     """The trees with log-probs of their usable branches under `policy`; see `annotate`."""
     params = compute_params(local_copy(policy.params), compute.dtype)
     pack = dataclasses.replace(pack, extras=())
-    score = jax.jit(_branch_logprobs, static_argnames=("graphdef", "chunk", "attention"))
     name = params_fingerprint(params)
     with Store.open(folder, REFERENCE) as store:
         known = {line["tree"]: line for line in store.lines if line["parameters"] == name}
         missing = [tree for tree in trees if _key(tree, pack) not in known]
         own = distributed.mine(missing, batch)
         bar = tqdm(total=len(own), desc="reference", unit="tree", disable=not own or not distributed.is_lead())
-        for start in range(0, len(own), batch):
-            part = own[start : start + batch]
-            packed, _ = pack_trees(part, pack, size=batch)
-            options = {"chunk": compute.logprob_chunk, "attention": compute.attention}
-            scores = jax.device_get(score(policy.graphdef, params, packed, **options))
-            for tree, row in zip(part, scores, strict=False):
-                branches, _, _ = usable_branches(tree, pack)
-                told = [[float(x) for x in row[m, : len(b.tokens)]] for m, b in enumerate(branches)]
-                line = {
-                    "record_id": tree.trunk.record_id,
-                    "tree": _key(tree, pack),
-                    "parameters": name,
-                    "logprobs": told,
-                }
-                known[line["tree"]] = line
-                store.append(line)
-            bar.update(len(part))
+        usable = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0])) for tree in own]
+        options = {"chunk": compute.logprob_chunk, "attention": compute.attention}
+        for tree, told in zip(own, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True):
+            line = {"record_id": tree.trunk.record_id, "tree": _key(tree, pack), "parameters": name}
+            known[line["tree"]] = line | {"logprobs": [x.tolist() for x in told]}
+            store.append(known[line["tree"]])
+            bar.update()
         bar.close()
         if distributed.process_count() > 1:
             known = {line["tree"]: line for line in store.share() if line["parameters"] == name}
     return [_told(tree, known[_key(tree, pack)], pack) for tree in trees]
-
-
-def _branch_logprobs(graphdef: Any, params: Mapping[str, Any], batch, *, chunk: int, attention: str) -> jax.Array:
-    return tree_logprobs(nnx.merge(graphdef, params), batch, chunk=chunk, attention=attention)[1]
 
 
 def _key(tree: ReasoningTree, pack: PackConfig) -> str:

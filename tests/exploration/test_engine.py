@@ -21,7 +21,7 @@ from srpo_jax.models.geometry import empty_vision
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
-from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.models.scoring import score_trees, tree_logprobs
 
 VOCAB, T, BUDGET, EOS, ENDS = 50, 20, 12, 3, (8, 11, 14, 17)
 PACK = trees.PackConfig(trunk=(T,), path=(T,), rows=(16,), row=BUDGET, branches=(9,), branch=(BUDGET,))
@@ -103,6 +103,47 @@ def test_logprobs_of_the_sampler_are_those_of_the_trainer(policy, whole):
         for ours, theirs in zip(samples[first : first + 2], scored(policy.params, batch), strict=True):
             valid = np.arange(BUDGET) < ours.lengths[:, None]
             np.testing.assert_allclose(np.where(valid, theirs, 0), np.where(valid, ours.logprobs, 0), atol=1e-5)
+
+
+OTHER = trees.PackConfig(trunk=(32,), path=(T,), rows=(8,), row=32, branches=(12,), branch=(16,))
+
+
+def gaps(policy, trunks, samples, pack, batch):
+    """Differences of the log-probs of all tokens, when the same branches are scored in other shapes."""
+    made = [as_tree(t, s) for t, s in zip(trunks, samples, strict=True)]
+    scored = list(score_trees(policy.graphdef, policy.params, made, pack, batch))
+    return np.concatenate(
+        [
+            ours - b.logprobs
+            for t, row in zip(made, scored, strict=True)
+            for b, ours in zip(t.branches, row, strict=True)
+        ]
+    )
+
+
+def test_given_branches_are_scored_as_they_were_sampled_in_the_updates_shapes_and_in_others(policy, whole):
+    """Verdicts do not matter, and a branch that occurs twice is scored twice."""
+    trunks, samples = whole
+    assert np.abs(gaps(policy, trunks, samples, PACK, 2)).max() <= 1e-5
+    assert np.abs(gaps(policy, trunks, samples, OTHER, 4)).max() <= 1e-4
+    tree = as_tree(trunks[0], samples[0])
+    strange = (dataclasses.replace(tree.branches[0], status="judge_failed", verdict=None), *tree.branches)
+    [scores] = score_trees(policy.graphdef, policy.params, [dataclasses.replace(tree, branches=strange)], OTHER, 4)
+    np.testing.assert_array_equal(scores[0], scores[1])
+    assert len(scores) == len(strange)
+
+
+def test_in_bfloat16_sampler_and_trainer_agree_on_average(policy, whole):
+    """The keys of a CPU are kept in float32 there, which changes nothing but the time."""
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), policy.params)
+    policy = dataclasses.replace(policy, params=rounded)
+    trunks = whole[0]
+    samples = sample(policy, trunks)
+    state = engine.start(policy.graphdef, rounded, SHAPE, SAMPLED, None)
+    assert {x.dtype for x in jax.tree.leaves(state.cache)} == {jnp.dtype("float32")}
+    assert np.abs(gaps(policy, trunks, samples, PACK, 2)).mean() <= 1e-3
+    exact = dataclasses.replace(policy, params=jax.tree.map(lambda x: x.astype(jnp.float32), rounded))
+    assert np.abs(gaps(exact, trunks, samples, PACK, 2)).mean() > 1e-3  # what rounding does where it is not the same
 
 
 @settings(max_examples=8, deadline=None)

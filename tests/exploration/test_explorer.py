@@ -115,6 +115,26 @@ def test_the_judge_reads_the_prefix_and_the_branch_as_one_path(whole, records, t
     assert all(found in (n, n + 1) for (_, _, found), (_, n) in zip(judge.asked, expected, strict=True))
 
 
+def test_chosen_prefixes_alone_are_continued_and_their_branches_stay_what_they_are(whole, run, records):
+    """`(0,)` are whole responses from the root; the steps after the last chosen prefix are not even prefilled."""
+    for chosen in ((0,), (1, 4)):
+        part = run(Judge(), config=dataclasses.replace(CONFIG, prefixes=chosen))
+        for ours, theirs in zip(part, whole[0], strict=True):
+            wanted = [b for b in theirs.branches if b.prefix in chosen]
+            for a, b in zip(ours.branches, wanted, strict=True):
+                assert (a.prefix, a.verdict) == (b.prefix, b.verdict)
+                np.testing.assert_array_equal(a.tokens, b.tokens)
+                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefixes", [(), (1, 0), (0, 0), (-1,)])
+def test_prefixes_that_no_path_has_are_refused(prefixes, run):
+    with pytest.raises(ValueError, match="give at least one, from 0 on, ascending"):
+        dataclasses.replace(CONFIG, prefixes=prefixes)
+    with pytest.raises(ValueError, match=r"explore.prefixes=\(0, 6\), but it has prefixes 0 to 5"):
+        run(Judge(), config=dataclasses.replace(CONFIG, prefixes=(0, 6)))
+
+
 @pytest.mark.parametrize(
     ("branch_lines", "verdict_lines"), [(0, 0), (2.5, 0), (4, 2.4), (4.99, None), (None, 3.5), (0, None), (None, None)]
 )

@@ -61,13 +61,13 @@ def test_reference_log_probs_are_computed_once_and_only_where_missing(told, tiny
     assert len(lines) == 4
     whole = file.read_bytes()
     file.write_bytes(b"".join(whole.splitlines(keepends=True)[:3]))
-    sizes, inner = [], module.pack_trees
+    sizes, inner = [], module.score_trees
 
-    def spy(part, pack, size):
-        sizes.append(len(part))
-        return inner(part, pack, size=size)
+    def spy(graphdef, params, missing, *args, **options):
+        sizes.append(len(missing))
+        return inner(graphdef, params, missing, *args, **options)
 
-    monkeypatch.setattr(module, "pack_trees", spy)
+    monkeypatch.setattr(module, "score_trees", spy)
     again = annotate(trees, tiny_policy, PACK, COMPUTE, 2, folder)
     assert sizes == [1]
     for a, b in zip(first, again, strict=True):
