@@ -98,7 +98,7 @@ def with_reference(
         own = distributed.mine(missing, batch)
         bar = tqdm(total=len(own), desc="reference", unit="tree", disable=not own or not distributed.is_lead())
         usable = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0])) for tree in own]
-        options = {"chunk": compute.logprob_chunk, "attention": compute.attention}
+        options: dict[str, Any] = {"chunk": compute.logprob_chunk, "attention": compute.attention}
         for tree, told in zip(own, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True):
             line = {"record_id": tree.trunk.record_id, "tree": _key(tree, pack), "parameters": name}
             known[line["tree"]] = line | {"logprobs": [x.tolist() for x in told]}
