@@ -21,6 +21,7 @@ import dataclasses
 import enum
 import functools
 import re
+import types
 from collections.abc import Sequence
 
 STEP_TITLES = (
@@ -87,11 +88,14 @@ class ParsedPath:
 
     def deviations(self, grammar: Grammar | None = None) -> tuple[str, ...]:
         """How the steps differ from the grammar's numbers, titles and order, one line each; () if they follow it."""
-        titles = (grammar or Grammar()).titles
+        grammar = grammar or Grammar()
+        titles = grammar.titles
         found = []
         for index, step in enumerate(self.steps):
             if index >= len(titles):
                 found.append(f"a path has {len(titles)} steps; found one more, step {step.number} {step.title!r}")
+            elif not grammar.marker:
+                pass  # text without headings is what it is
             elif step.number == 0:
                 # Everything after it is shifted by one: further lines would only repeat this one.
                 return ("text stands before the first step heading",)
@@ -111,8 +115,11 @@ class Grammar:
     Attributes:
       opening: starts the path; its stripped form is the opening tag.
       closing: ends the path; its stripped form is the closing tag.
-      marker: a step's heading, one line with the fields `{number}` and `{title}`.
-      titles: the step titles in order; their number is the number of steps.
+      marker: a step's heading, one line with the fields `{number}` and `{title}`; "" for a path of a single step without one.
+      titles: the step titles in order; their number is the number of steps. () for no path: the turn is the answer, without
+        tags.
+      digest: for each step, numbers of the reference steps whose first sentences are its body; None where the steps are those
+        of the reference path.
 
     Raises:
       ValueError: if the strings cannot be told apart when parsing.
@@ -122,14 +129,21 @@ class Grammar:
     closing: str = "</think>\n"
     marker: str = "Step {number}: {title}\n"
     titles: tuple[str, ...] = STEP_TITLES
+    digest: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
-        if not self.titles:
-            raise ValueError("a grammar needs at least one step title")
+        if self.digest is not None and (len(self.digest) != len(self.titles) or not all(self.digest)):
+            raise ValueError(f"digest {self.digest} must name reference steps for each of {len(self.titles)} steps")
         if not self.opening_tag or not self.closing_tag:
             raise ValueError("opening and closing must contain more than white space")
         if self.opening_tag in self.closing_tag or self.closing_tag in self.opening_tag:
             raise ValueError(f"opening {self.opening!r} and closing {self.closing!r} contain each other")
+        if not self.marker:
+            if self.titles not in ((), ("",)):
+                raise ValueError(f"without a marker a path is one step without a title, not {self.titles}")
+            return
+        if not self.titles:
+            raise ValueError("a grammar needs at least one step title, or no marker where there is no path")
         one_line = self.marker.endswith("\n") and self.marker.count("\n") == 1
         if not one_line or self.marker.count("{number}") != 1 or self.marker.count("{title}") != 1:
             raise ValueError(f"marker {self.marker!r} must be one line, end in \\n, hold {{number}} and {{title}} once")
@@ -145,6 +159,8 @@ class Grammar:
     @functools.cached_property
     def heading(self) -> re.Pattern[str]:
         """Matches a line that has the shape of a step heading, with groups `number` and `title`."""
+        if not self.marker:
+            return re.compile("(?!)(?P<number>)(?P<title>)")  # matches nothing
         pattern = re.escape(self.marker.rstrip("\n"))
         # Few digits: int() refuses very long numbers, and a model may write one.
         pattern = pattern.replace(re.escape("{number}"), "(?P<number>[0-9]{1,4})")
@@ -170,7 +186,7 @@ class Grammar:
         The segments joined together are the full assistant text. Prefix i of a path is the first i segments.
 
         Args:
-          steps: one body per title.
+          steps: one body per title; `bodies` makes them from a reference path.
           answer: the reply after the path.
 
         Raises:
@@ -184,12 +200,40 @@ class Grammar:
         if problems:
             raise ValueError("; ".join(problems))
         segments = [self.heading_line(i) + body + "\n" for i, body in enumerate(steps, 1)]
+        if not segments:
+            return [answer]
         segments[0] = self.opening + segments[0]
         return [*segments, self.closing + answer]
+
+    def bodies(self, reference: Sequence[str]) -> tuple[str, ...]:
+        """What the steps of this grammar say of a reference path: its steps as they are, or their digest."""
+        if self.digest is None:
+            return tuple(reference)
+        return tuple(" ".join(_first_sentence(reference[number - 1]) for number in part) for part in self.digest)
 
     def heading_line(self, number: int) -> str:
         """The heading of step `number`, counted from 1, with its line end."""
         return self.marker.replace("{number}", str(number)).replace("{title}", self.titles[number - 1])
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[.!?])[\"')\]]*\s", text.strip(), maxsplit=1)[0]
+
+
+STYLES = types.MappingProxyType(
+    {
+        "long": Grammar(),
+        "short": Grammar(marker="", titles=("",), digest=((3, 4, 6),)),
+        "template": Grammar(
+            marker="Check {number}: {title}\n",
+            titles=("What the picture shows", "What is asked", "What both mean together", "How to answer"),
+            digest=((1,), (2,), (3,), (6,)),
+        ),
+        "none": Grammar(marker="", titles=(), digest=()),
+    }
+)
+"""How much a path says, from the same record: all six steps; one paragraph without headings; four fixed checks of a sentence
+each; no path at all. Which of them a model should learn is an open question (arXiv 2505.15404 asks it for text)."""
 
 
 def parse(text: str, *, stopped: bool, grammar: Grammar | None = None) -> ParsedPath:
@@ -207,6 +251,8 @@ def parse(text: str, *, stopped: bool, grammar: Grammar | None = None) -> Parsed
     grammar = grammar or Grammar()
     opening, closing = grammar.opening_tag, grammar.closing_tag
     turn = text.strip()
+    if not grammar.titles:
+        return _parse_answer(turn, stopped, grammar)
     if not turn.startswith(opening):
         # A turn cut inside its first tag is truncated rather than unopened.
         cut = not stopped and opening.startswith(turn)
@@ -224,6 +270,15 @@ def parse(text: str, *, stopped: bool, grammar: Grammar | None = None) -> Parsed
     else:
         status = Status.OK
     return ParsedPath(status, steps, answer.strip() if status is Status.OK else None)
+
+
+def _parse_answer(turn: str, stopped: bool, grammar: Grammar) -> ParsedPath:
+    """A turn that is nothing but the answer."""
+    if grammar.opening_tag in turn or grammar.closing_tag in turn:
+        return ParsedPath(Status.MULTIPLE, (), None)
+    if not stopped:
+        return ParsedPath(Status.TRUNCATED, (), None)
+    return ParsedPath(Status.OK, (), turn) if turn else ParsedPath(Status.EMPTY, (), None)
 
 
 def _split_steps(path: str, grammar: Grammar) -> tuple[Step, ...]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from srpo_jax.paths import STEP_TITLES, Grammar, Status, parse
+from srpo_jax.paths import STEP_TITLES, STYLES, Grammar, Status, parse
 
 GRAMMAR = Grammar()
 BODIES = tuple(f"body of step {i}" for i in range(1, 7))
@@ -164,6 +164,9 @@ def test_render_refuses_what_would_not_parse_back(steps, answer, message):
         {"marker": "Step {number}\n"},
         {"marker": "{number} {title}"},
         {"marker": "{number}\n{title}\n"},
+        {"marker": ""},
+        {"digest": ((1,), (2,))},
+        {"marker": "", "titles": ("",), "digest": ((),)},
     ],
 )
 def test_ambiguous_grammars_are_refused(fields):
@@ -176,3 +179,38 @@ def test_another_grammar_round_trips():
     parsed = parse("".join(grammar.render(["a", "b\nc"], "d")), stopped=True, grammar=grammar)
     assert [(s.number, s.title, s.text) for s in parsed.steps] == [(1, "Look", "a"), (2, "Decide", "b\nc")]
     assert parsed.answer == "d" and not parsed.deviations(grammar)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(reference=st.lists(bodies, min_size=6, max_size=6), answer=answers)
+def test_every_style_parses_back_what_it_renders(style, reference, answer):
+    grammar = STYLES[style]
+    steps = grammar.bodies(reference)
+    assume(not any(grammar.step_problems(step) for step in steps))
+    segments = grammar.render(steps, answer)
+    parsed = parse("".join(segments), stopped=True, grammar=grammar)
+    assert len(segments) == len(steps) + 1
+    assert parsed.status is Status.OK and parsed.deviations(grammar) == ()
+    assert [step.text for step in parsed.steps] == [step.strip() for step in steps]
+    assert parsed.answer == answer.strip()
+    # A reader who expects any path between the tags finds the same answer.
+    assert style == "none" or parse("".join(segments), stopped=True).answer == answer.strip()
+
+
+@pytest.mark.parametrize("style", STYLES)
+@given(text=hostile, stopped=st.booleans())
+def test_no_style_finds_an_answer_in_a_turn_that_did_not_end_or_has_stray_tags(style, text, stopped):
+    parsed = parse(text, stopped=stopped, grammar=STYLES[style])
+    assert (parsed.answer is None) == (parsed.status is not Status.OK)
+    if not stopped or (style == "none" and "<think>" in text):
+        assert parsed.answer is None
+
+
+def test_styles_say_less_and_less():
+    reference = [f"Sentence {i}. And more of {i}." for i in range(1, 7)]
+    said = {style: "".join(g.render(g.bodies(reference), "Answer.")) for style, g in STYLES.items()}
+    assert said["long"] == full_text(reference, "Answer.")
+    assert said["short"] == "<think>\nSentence 3. Sentence 4. Sentence 6.\n</think>\nAnswer."
+    assert said["template"].startswith("<think>\nCheck 1: What the picture shows\nSentence 1.\nCheck 2: ")
+    assert said["none"] == "Answer."
+    assert len(said["long"]) > len(said["template"]) > len(said["short"]) > len(said["none"])

@@ -25,20 +25,32 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import datasets
+import PIL.Image
+from absl import logging
 
-from srpo_jax.data.images import FORMATS, MAX_PIXELS, ImageError, open_image
+from srpo_jax.data.images import (
+    MAX_PIXELS,
+    ImageError,
+    decoded_image,
+    embedded_image,
+    image_in,
+    open_image,
+)
 from srpo_jax.data.records import CATEGORIES, Record, RecordError
+from srpo_jax.data.rows import Row, Rows, Table, cache_folder, open_rows
+from srpo_jax.data.sft import SftRecord
 from srpo_jax.paths import STEP_TITLES, Grammar, Status, parse
 
+T = TypeVar("T", bound=Record | SftRecord)
+FindImage = Callable[[Any], Path | PIL.Image.Image]
 FIELDS = tuple(field.name for field in dataclasses.fields(Record))
+SFT_FIELDS = tuple(field.name for field in dataclasses.fields(SftRecord))
 ALIASES = {
     "image": "images",
     "unsafe_category": "category",
@@ -62,14 +74,89 @@ class LoadError(ValueError):
         super().__init__("\n  ".join([f"{source}: {count}", *problems[:SHOWN], *more]))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Row:
-    """One raw record and where it stands."""
+class Records(Sequence[T]):
+    """Records of a data set by index, read and built when asked for, so that its size takes no memory.
 
-    place: str
-    default_id: str
-    values: Any
-    fault: str | None = None  # Why there are no values.
+    A slice is another such sequence. It may be sent to other processes.
+
+    Attributes:
+      name: of the data set, for messages.
+      places: where records stand among all rows; None for all of them.
+    """
+
+    def __init__(self, name: str, rows: Rows, build: Callable[[Row], T], places: Sequence[int] | None = None):
+        self.name, self.places, self._rows, self._build = name, places, rows, build
+
+    def __len__(self) -> int:
+        return len(self._rows if self.places is None else self.places)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Records[T]: ...
+    def __getitem__(self, index):
+        """Record `index`; LoadError with place, record, field and remedy of its faults."""
+        if isinstance(index, slice):
+            places = range(len(self._rows)) if self.places is None else self.places
+            return Records(self.name, self._rows, self._build, places[index])
+        return self.built(self.row(index))
+
+    def row(self, index: int) -> Row:
+        """The raw row of record `index`."""
+        return self._rows[index if self.places is None else self.places[index]]
+
+    def __iter__(self) -> Iterator[T]:
+        return map(self.built, self.rows())
+
+    def rows(self) -> Iterator[Row]:
+        """The raw rows in order."""
+        return iter(self._rows) if self.places is None else (self._rows[i] for i in self.places)
+
+    def built(self, row: Row) -> T:
+        """The record of a row; LoadError names its faults."""
+        if row.fault is not None:
+            raise LoadError(self.name, [f"{row.place}: {row.fault}"])
+        try:
+            return self._build(row)
+        except RecordError as error:
+            name = row.values.get("id", row.default_id) if isinstance(row.values, Mapping) else row.default_id
+            problems = [f"{row.place}, record {name!r}, field {field!r}: {what}" for field, what in error.problems]
+            raise LoadError(self.name, problems) from error
+
+
+def open_records(
+    source: str | Path,
+    form: str,
+    split: str = "train",
+    *,
+    revision: str | None = None,
+    image_folder: str | Path | None = None,
+    schema: str = "ssui",
+) -> Records[Any]:
+    """The records of a data set by index; nothing is checked before it is read (`load_records` checks all).
+
+    Args:
+      source: a file, a folder, or with "datasets" the id of a data set on the hub.
+      form: one of `rows.FORMATS`.
+      split: where the source has several.
+      revision: of a hub data set; name one for results that others can repeat.
+      image_folder: what image names are relative to (by default a file's own folder), and where embedded images are written
+        under names made from their content; if None, those stay in memory with their record.
+      schema: "ssui" for `Record`, "sft" for `SftRecord`.
+
+    Raises:
+      FileNotFoundError: if a path does not exist.
+      ValueError: an unknown format or schema, a missing split, or a file that is not of this format.
+    """
+    if schema not in BUILDERS:
+        raise ValueError(f"unknown schema {schema!r}: use one of {', '.join(BUILDERS)}")
+    rows = open_rows(source, form, split, revision)
+    find_image: FindImage = decoded_image
+    if form in ("jsonl", "json"):
+        find_image = partial(image_in, Path(source).parent if image_folder is None else Path(image_folder))
+    elif image_folder is not None:
+        find_image = partial(embedded_image, Path(image_folder))
+    return Records(str(source), rows, partial(BUILDERS[schema], find_image))
 
 
 def load_jsonl(
@@ -91,10 +178,7 @@ def load_jsonl(
       FileNotFoundError: if there is no such file.
       LoadError: naming line, record, field and remedy of every fault.
     """
-    path = Path(path)
-    folder = path.parent if image_folder is None else Path(image_folder)
-    rows = _json_rows(path)
-    return _collect(str(path), rows, lambda value: _image_in(folder, value), max_pixels if check_images else None)
+    return load_records(open_records(path, "jsonl", image_folder=image_folder), check_images, max_pixels)
 
 
 def load_hf(
@@ -123,107 +207,63 @@ def load_hf(
       LoadError: naming row, record, field and remedy of every fault.
       ValueError: if the source lacks the split.
     """
-    name = "data set" if isinstance(source, datasets.Dataset) else str(source)
-    dataset = source if isinstance(source, datasets.Dataset) else _open_hf(source, split, revision)
-    for column, feature in dataset.features.items():
-        dataset = undecoded(dataset, column, feature)
     folder = image_cache() if image_folder is None else Path(image_folder)
-    rows = (_Row(f"row {index}", f"{Path(name).stem}:{index}", row) for index, row in enumerate(dataset))
-    return _collect(name, rows, lambda value: embedded_image(folder, value), max_pixels if check_images else None)
+    if isinstance(source, datasets.Dataset):
+        records = Records("data set", Table(source, "data set"), partial(_build, partial(embedded_image, folder)))
+    else:
+        records = open_records(source, "datasets", split, revision=revision, image_folder=folder)
+    return load_records(records, check_images, max_pixels)
 
 
 def image_cache() -> Path:
     """Where embedded pictures are kept by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "srpo_jax" / "images"
+    return cache_folder() / "images"
 
 
-def _open_hf(source: str | Path, split: str, revision: str | None) -> datasets.Dataset:
-    path = Path(source)
-    if path.suffix == ".parquet":
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file")
-        return datasets.Dataset.from_parquet(str(path))
-    if not (path / "state.json").is_file() and not (path / "dataset_dict.json").is_file():
-        return datasets.load_dataset(str(source), split=split, revision=revision)
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise ValueError(f"{path} has no split {split!r}; it has {', '.join(found)}")
-        return found[split]
-    return found
+def load_records(
+    source: Records[T], check_images: bool = False, max_pixels: int = MAX_PIXELS, max_broken: int = 0
+) -> list[T]:
+    """All records of a source, checked together: ids differ, twins exist and are of the other kind.
 
+    Args:
+      source: from `open_records`.
+      check_images: whether to decode every image once.
+      max_pixels: for `check_images`.
+      max_broken: how many rows may be broken; they are left out, named in the log.
 
-def undecoded(dataset: datasets.Dataset, column: str, feature: Any) -> datasets.Dataset:
-    """Images as bytes (decoding is `open_image`'s business), class labels as their names."""
-    if isinstance(feature, datasets.Image):
-        return dataset.cast_column(column, datasets.Image(decode=False))
-    if isinstance(feature, datasets.List) and isinstance(feature.feature, datasets.Image):
-        return dataset.cast_column(column, datasets.List(datasets.Image(decode=False)))
-    if isinstance(feature, datasets.ClassLabel):
-        names = feature.names
-        return dataset.cast_column(column, datasets.Value("int64")).map(
-            lambda row: {column: None if row[column] is None else names[row[column]]},
-            features=datasets.Features({**dataset.features, column: datasets.Value("string")}),
-        )
-    return dataset
-
-
-def _json_rows(path: Path) -> Iterator[_Row]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            place, default_id = f"line {number}", f"{path.stem}:{number}"
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_unique)
-            except (ValueError, RecursionError) as error:
-                yield _Row(place, default_id, None, f"not valid JSON: {error}; write one object per line")
-            else:
-                yield _Row(place, default_id, values)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"a field is given twice among {', '.join(keys)}")
-    return dict(pairs)
-
-
-def _collect(
-    source: str, rows: Iterable[_Row], find_image: Callable[[Any], Path], max_pixels: int | None
-) -> list[Record]:
-    """Builds all records; raises one `LoadError` for the faults of all of them."""
-    records: list[Record] = []
+    Raises:
+      LoadError: more broken rows than that (naming place, record, field and remedy of every fault), or no record.
+    """
+    records: list[T] = []
     places: dict[str, str] = {}
-    problems: list[str] = []
-    for row in rows:
-        if row.fault is not None:
-            problems.append(f"{row.place}: {row.fault}")
-            continue
+    problems: list[list[str]] = []
+    for row in source.rows():
         try:
-            record = _build(row, find_image)
-            _check_images(record, max_pixels)
-        except RecordError as error:
-            name = row.values.get("id", row.default_id) if isinstance(row.values, Mapping) else row.default_id
-            problems += [f"{row.place}, record {name!r}, field {field!r}: {what}" for field, what in error.problems]
+            record = source.built(row)
+            _check_images(record, row.place, source.name, max_pixels if check_images else None)
+        except LoadError as error:
+            problems.append(error.problems)
             continue
         if record.id in places:
             what = f"{places[record.id]} has the same id; give every record its own"
-            problems.append(f"{row.place}, record {record.id!r}, field 'id': {what}")
-        places.setdefault(record.id, row.place)
+            problems.append([f"{row.place}, record {record.id!r}, field 'id': {what}"])
+            continue
+        places[record.id] = row.place
         records.append(record)
     # A twin can only be judged missing when every record was understood.
-    problems += [] if problems else _twin_problems(records, places)
-    if problems:
-        raise LoadError(source, problems)
+    problems += [] if problems else [[line] for line in _twin_problems(records, places)]
+    if len(problems) > max_broken:
+        raise LoadError(source.name, [line for lines in problems for line in lines])
+    for lines in problems:
+        logging.warning("%s: left out: %s", source.name, "; ".join(lines))
     if not records:
-        raise LoadError(source, ["holds no record"])
+        raise LoadError(source.name, ["holds no record"])
     return records
 
 
-def _twin_problems(records: list[Record], places: Mapping[str, str]) -> Iterator[str]:
-    by_id = {record.id: record for record in records}
-    for record in records:
+def _twin_problems(records: list[Any], places: Mapping[str, str]) -> Iterator[str]:
+    by_id = {record.id: record for record in records if isinstance(record, Record)}
+    for record in by_id.values():
         if record.twin is None:
             continue
         where = f"{places[record.id]}, record {record.id!r}, field 'twin'"
@@ -233,7 +273,7 @@ def _twin_problems(records: list[Record], places: Mapping[str, str]) -> Iterator
             yield f"{where}: {record.twin!r} is as {'risky' if record.risky else 'harmless'} as this record"
 
 
-def _check_images(record: Record, max_pixels: int | None) -> None:
+def _check_images(record: Any, place: str, source: str, max_pixels: int | None) -> None:
     if max_pixels is None:
         return
     problems = []
@@ -241,16 +281,16 @@ def _check_images(record: Record, max_pixels: int | None) -> None:
         try:
             open_image(image, max_pixels=max_pixels)
         except ImageError as error:
-            problems.append(("images", str(error)))
+            problems.append(f"{place}, record {record.id!r}, field 'images': {error}")
     if problems:
-        raise RecordError(record.id, problems)
+        raise LoadError(source, problems)
 
 
-def _build(row: _Row, find_image: Callable[[Any], Path]) -> Record:
+def _build(find_image: FindImage, row: Row) -> Record:
     if not isinstance(row.values, Mapping):
         what = f"a record is an object with the fields {', '.join(FIELDS)}, not {type(row.values).__name__}"
         raise RecordError(row.default_id, [("(all)", what)])
-    values, problems = _canonical_names(row.values)
+    values, problems = _canonical_names(row.values, FIELDS, ALIASES)
     for field in ("images", "question", "steps", "safe_reply"):
         if values.get(field) is None:
             problems.append((field, "is missing" + ("; write [] for a text-only question" * (field == "images"))))
@@ -279,14 +319,37 @@ def _build(row: _Row, find_image: Callable[[Any], Path]) -> Record:
     )
 
 
-def _canonical_names(raw: Mapping[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+def _build_sft(find_image: FindImage, row: Row) -> SftRecord:
+    if not isinstance(row.values, Mapping):
+        what = f"a record is an object with the fields {', '.join(SFT_FIELDS)}, not {type(row.values).__name__}"
+        raise RecordError(row.default_id, [("(all)", what)])
+    values, problems = _canonical_names(row.values, SFT_FIELDS, {"image": "images"})
+    for field in ("images", "question", "answer"):
+        if values.get(field) is None:
+            problems.append((field, "is missing" + ("; write [] for a text-only question" * (field == "images"))))
+    if problems:
+        raise RecordError(row.default_id, problems)
+    problems, images = _images(values.pop("images"), find_image)
+    if problems:
+        raise RecordError(row.default_id, problems)
+    given = {field: _stripped(value) for field, value in values.items() if value is not None}
+    return SftRecord(**{"id": row.default_id, "images": images, **given})
+
+
+BUILDERS: dict[str, Callable[[FindImage, Row], Any]] = {"ssui": _build, "sft": _build_sft}
+"""How a record of each schema is made from a row."""
+
+
+def _canonical_names(
+    raw: Mapping[str, Any], fields: Sequence[str], aliases: Mapping[str, str]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     values: dict[str, Any] = {}
     problems = []
     for key, value in raw.items():
         name = key.strip().lower().replace(" ", "_")
-        name = ALIASES.get(name, name)
-        if name not in FIELDS:
-            close = difflib.get_close_matches(name, [*FIELDS, *ALIASES], 1)
+        name = aliases.get(name, name)
+        if name not in fields:
+            close = difflib.get_close_matches(name, [*fields, *aliases], 1)
             hint = f"did you mean {close[0]!r}? Else " if close else ""
             problems.append((key, f'unknown field; {hint}move it under "meta" or remove it'))
         elif name in values:
@@ -304,7 +367,7 @@ def _category_guess(category: str) -> str | None:
     return by_lower[close[0]] if close else None
 
 
-def _images(value: Any, find_image: Callable[[Any], Path]) -> tuple[list[tuple[str, str]], tuple[Path, ...]]:
+def _images(value: Any, find_image: FindImage) -> tuple[list[tuple[str, str]], tuple[Any, ...]]:
     found, problems = [], []
     for item in value if isinstance(value, list) else [value]:
         try:
@@ -345,36 +408,3 @@ def _expected() -> str:
 
 def _stripped(value: Any) -> Any:
     return value.strip() if isinstance(value, str) else value
-
-
-def _image_in(folder: Path, name: Any) -> Path:
-    """The file `name` of the folder; ImageError if it is missing or lies elsewhere."""
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ImageError(f"{name!r} is no file name; give a name relative to the image folder {folder}")
-    root = folder.resolve()
-    # resolve() follows links, so one that leads out of the folder is seen, too.
-    file = (root / name).resolve()
-    if Path(name).is_absolute() or not file.is_relative_to(root):
-        raise ImageError(f"{name!r} leaves the image folder {folder}; move the file into it and give its name there")
-    if not file.is_file():
-        raise ImageError(f"{name!r} is not a file in the image folder {folder}; add it or correct the name")
-    return file
-
-
-def embedded_image(folder: Path, value: Any) -> Path:
-    """Writes an embedded image to the folder, unless it is there, and returns the file."""
-    content = value.get("bytes") if isinstance(value, Mapping) else value
-    if content is None and isinstance(value, Mapping):
-        content = value.get("path")
-    if isinstance(content, str):
-        return _image_in(folder, content)
-    if not isinstance(content, bytes):
-        raise ImageError(f"a {type(content).__name__} is no image; embed the bytes of one of {', '.join(FORMATS)}")
-    file = folder / hashlib.sha256(content).hexdigest()
-    if not file.is_file() or file.stat().st_size != len(content):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Several processes may do the same at once: each renames its own whole copy.
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
-        partial.write_bytes(content)
-        partial.replace(file)
-    return file

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 
-from srpo_jax.data import loaders
+from srpo_jax.data import images, loaders, rows
 from srpo_jax.data.images import ImageError
 
 SHOWN = 5
@@ -199,7 +199,7 @@ class Source:
     def embedded(self, row: Row, field: str) -> tuple[Path, ...]:
         """A picture that a Parquet table holds, written once to the cache of pictures."""
         try:
-            return (loaders.embedded_image(loaders.image_cache(), row[field]),)
+            return (images.embedded_image(loaders.image_cache(), row[field]),)
         except ImageError as error:
             raise BenchmarkError(f"{row.place}, field {field!r}: {error}") from error
 
@@ -215,5 +215,5 @@ class Source:
 
 def _undecoded(table: datasets.Dataset) -> datasets.Dataset:
     for column, feature in table.features.items():
-        table = loaders.undecoded(table, column, feature)
+        table = rows.undecoded(table, column, feature)
     return table
