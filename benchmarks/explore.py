@@ -36,8 +36,8 @@ from srpo_jax.exploration.sampler import SampleConfig, branch_keys, record_key
 from srpo_jax.exploration.scheduler import Request, prefill_shape
 from srpo_jax.inputs import Encoded, batch_inputs
 from srpo_jax.models.decoding import CombCache, KVCache
-from srpo_jax.models.hf import save_params
 from srpo_jax.models.policy import Policy, forward, init_policy, load_policy
+from srpo_jax.models.saving import save_params
 
 SIZES = {
     "prompt": (1200, "tokens of the prompt, image included"),

@@ -75,7 +75,7 @@ def main(_):
     rows = []
     for task in tasks:
         prompts = encode_prompts(task.questions, policy.processor)
-        references = [] if task.benchmark else reference_rows(task.questions, task.evaluator)
+        references = [] if task.benchmark else reference_rows(task.questions, task.evaluator, workdir / "evaluation")
         for decoding in decodings:
             shown = {**told, "prompts": prompts, "benchmark": task.benchmark, "plain": section.plain, **how}
             folder, asked, who = workdir / "evaluation", task.questions, task.evaluator

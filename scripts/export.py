@@ -8,10 +8,9 @@ A whole policy has its adapters merged into the kernels and quantised kernels in
 import jax.numpy as jnp
 from absl import app, flags
 
-from srpo_jax import cli, distributed
+from srpo_jax import cli
 from srpo_jax.models.peft import save_adapters
 from srpo_jax.runs import adapter_base, load_run
-from srpo_jax.sharding import local_copy
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
 OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
@@ -27,12 +26,12 @@ def main(_):
     if BASE.value and not ADAPTER.value:
         raise app.UsageError("--base is for --adapter: a whole policy has no base")
     policy, step = load_run(CHECKPOINT.value, STEP.value)
-    params, dtype = local_copy(policy.params), jnp.dtype(DTYPE.value)
+    dtype = jnp.dtype(DTYPE.value)
     if ADAPTER.value:
-        base = adapter_base(CHECKPOINT.value, params).absolute()  # refuses a run that trained more
-        distributed.on_lead(lambda: save_adapters(OUTPUT.value, policy.config, params, BASE.value or base, dtype))
+        base = adapter_base(CHECKPOINT.value, policy.params).absolute()  # refuses a run that trained more
+        save_adapters(OUTPUT.value, policy.config, policy.params, BASE.value or base, dtype)
     else:
-        distributed.on_lead(lambda: policy.save(OUTPUT.value, params, dtype=dtype))
+        policy.save(OUTPUT.value, dtype=dtype)
     cli.say(f"wrote {'the adapters of ' * ADAPTER.value}step {step} of {CHECKPOINT.value} to {OUTPUT.value}")
 
 

@@ -38,7 +38,7 @@ def main(_):
     workdir = open_workdir(WORKDIR.value, base)  # what cannot run leaves none behind
     policy = configs.build_policy(base, mesh)
     prompts = encode_prompts(tests, policy.processor)
-    references = reference_rows(tests, evaluator)
+    references = reference_rows(tests, evaluator, workdir / "evaluation")
 
     def report(name, params, step, judge=""):
         options = {"name": name, "step": step, "prompts": prompts, "training_judge": judge}

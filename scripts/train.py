@@ -30,7 +30,7 @@ def main(_):
     records = configs.build_records(config)
     cli.say(f"{len(records)} records, mesh {dict(mesh.shape)}, policy {config.policy.path}")
     profile = None if PROFILE_STEP.value is None else Profile(PROFILE_STEP.value, workdir / "profile")
-    train(policy, records, judge, run, workdir, mesh, profile)
+    train(policy, records, judge, run, workdir, mesh, profile, donate=True)
     cli.say(f"done: metrics, trees and checkpoints are in {workdir}; evaluate or export with --checkpoint={workdir}")
 
 

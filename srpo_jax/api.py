@@ -92,10 +92,10 @@ def score(
 
     Args:
       policy: whose module to use.
-      params: the parameters; None takes the policy's. In a job of several processes, a `sharding.local_copy`.
+      params: the parameters; None takes the policy's.
       trees: at least one; verdicts stay as they are.
       config: shapes, such as those of an update; None takes ones that fit (see `pack`).
-      batch: trees scored together.
+      batch: trees scored together, a multiple of the data × fsdp devices of a mesh.
 
     Raises:
       ValueError: as `pack`.

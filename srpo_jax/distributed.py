@@ -48,6 +48,7 @@ def initialize(coordinator: str | None = None, count: int | None = None, index: 
       ValueError: what is missing could not be found out.
     """
     global _watch
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `preemption`
     try:
         jax.distributed.initialize(coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT)
     except (ValueError, TypeError) as error:

@@ -111,23 +111,23 @@ def place_batch(batch: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, batch)
 
 
-def local_copy(params: Any) -> Any:
-    """Parameters as arrays of this process alone, whole on each of its devices: for programs that it runs by itself.
+def place(tree: Any, where: NamedSharding) -> Any:
+    """Global arrays from numpy arrays that every process has whole; each gives its devices their part."""
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), tree)
 
-    In a job of one process they are returned as they are. Called by all processes together.
+
+def to_host(x: Any) -> np.ndarray:
+    """An array whole, as numpy on every host; called by all processes together.
+
+    What lies on devices of several processes passes through every device: no more than a tensor of a checkpoint at a time.
     """
-    if jax.process_count() == 1:
-        return params
-    mesh = Mesh(np.asarray(jax.local_devices()), ("local",), axis_types=(AxisType.Auto,))
-
-    def gather(x: Any) -> jax.Array:
-        if x.is_fully_addressable:
-            return x
-        whole = jax.device_put(x, replicated(x.sharding.mesh))
-        parts = [shard.data for shard in whole.addressable_shards]
-        return jax.make_array_from_single_device_arrays(x.shape, replicated(mesh), parts)
-
-    return jax.tree.map(gather, params)
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    if not x.is_fully_replicated:
+        mesh = mesh_of(x)
+        assert mesh is not None, x.sharding  # our programs run with a mesh in scope
+        x = jax.device_put(x, replicated(mesh))
+    return np.asarray(x.addressable_data(0))
 
 
 def cache_sharding(mesh: Mesh, shape: tuple[int, ...], heads: int) -> NamedSharding:
@@ -137,7 +137,7 @@ def cache_sharding(mesh: Mesh, shape: tuple[int, ...], heads: int) -> NamedShard
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that parameters lie on; None where they lie on one device without any, or are a `local_copy`."""
+    """The mesh that parameters lie on; None where they lie on one device without any."""
     where = getattr(jax.tree.leaves(params)[0], "sharding", None)
     mesh = where.mesh if isinstance(where, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) and mesh.axis_names == AXES else None

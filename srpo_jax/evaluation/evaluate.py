@@ -139,15 +139,17 @@ def identity(
     return {**task, "evaluator": evaluator.name, "decoding": decoding, "benchmark": benchmark_digest(records)}
 
 
-def reference_rows(records: Sequence[Record], evaluator: Evaluator) -> list[dict[str, Any]]:
+def reference_rows(
+    records: Sequence[Record], evaluator: Evaluator, folder: str | Path | None = None
+) -> list[dict[str, Any]]:
     """What the evaluator says of two policies that look at nothing: refuse everything, comply with everything.
 
     A policy that complies answers a risky record with its unsafe reply, so that row is left out where a record has none. Their
-    rows have no path: they do not reason.
+    rows have no path: they do not reason. `folder` keeps verdicts, as in `evaluate`; several processes need one.
     """
-    rows = [_constant("refuse everything", records, lambda record: REFUSAL, evaluator)]
+    rows = [_constant("refuse everything", records, lambda record: REFUSAL, evaluator, folder)]
     if all(record.unsafe_reply for record in records if record.risky):
-        rows.append(_constant("comply with everything", records, _comply, evaluator))
+        rows.append(_constant("comply with everything", records, _comply, evaluator, folder))
     return rows
 
 
@@ -156,13 +158,17 @@ def _comply(record: Record) -> str:
 
 
 def _constant(
-    name: str, records: Sequence[Record], reply: Callable[[Record], str], evaluator: Evaluator
+    name: str,
+    records: Sequence[Record],
+    reply: Callable[[Record], str],
+    evaluator: Evaluator,
+    folder: str | Path | None,
 ) -> dict[str, Any]:
     # The reference path in front makes a turn that parses; only the answer is reported.
     texts = ["".join(GRAMMAR.render(record.steps, reply(record))) for record in records]
     nothing = np.zeros(0, np.int32)
     responses = [Response(record.id, 0, nothing, True, text) for record, text in zip(records, texts, strict=True)]
-    told = report(judge_responses(records, responses, evaluator, progress=False))
+    told = report(judge_responses(records, responses, evaluator, folder, progress=False))
     for part in (told, *told["by_category"].values(), *told["by_split"].values()):
         part.pop("path")
     benchmark = benchmark_digest(records)

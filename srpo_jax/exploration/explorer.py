@@ -107,6 +107,7 @@ def explore(
     round_: int = 0,
     folder: str | Path | None = None,
     progress: bool = True,
+    trunks: Sequence[Trunk] | None = None,
 ) -> list[ReasoningTree]:
     """Explores `k` continuations of every proper prefix of every record's path and judges them.
 
@@ -120,6 +121,7 @@ def explore(
       round_: number of the round.
       folder: where to keep branches and verdicts as they come, and to resume from; None keeps nothing.
       progress: show a progress bar.
+      trunks: of the records, in order, where the caller has made them already (`trunks.make_trunk`).
 
     Returns:
       One tree per record, in order.
@@ -133,7 +135,8 @@ def explore(
     if len(by_id) != len(records):
         twice = sorted(name for name, n in Counter(record.id for record in records).items() if n > 1)
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
-    trunks = _trunks(policy, records, config)
+    trunks = [make_trunk(record, policy.processor) for record in records] if trunks is None else trunks
+    _check_trunks(trunks, config)
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
         stored = {line["record_id"]: line for line in branches.lines}
@@ -162,14 +165,12 @@ def explore(
         return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress=False, again=False)
 
 
-def _trunks(policy: Policy, records: Sequence[Record], config: ExploreConfig) -> list[Trunk]:
-    """Trunks of the records; ValueError for one that no bucket holds."""
-    trunks = [make_trunk(record, policy.processor) for record in records]
+def _check_trunks(trunks: Sequence[Trunk], config: ExploreConfig) -> None:
+    """Raises ValueError for one that no bucket holds."""
     for trunk in trunks:
         bucket(_length(trunk, config), config.trunk, f"record {trunk.record_id!r}: trunk tokens (explore.trunk)")
         patches = trunk.encoded.patches
         bucket(patches, config.patches or (patches,), f"record {trunk.record_id!r}: explore.patches")
-    return trunks
 
 
 def _origin(params, trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array, round_: int) -> dict[str, Any]:

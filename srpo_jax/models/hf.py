@@ -1,4 +1,4 @@
-"""Parameters of Qwen2.5-VL from and to a folder in Hugging Face's format: `config.json` and safetensors, never pickle.
+"""Parameters of Qwen2.5-VL from a folder in Hugging Face's format: `config.json` and safetensors, never pickle.
 
 One table, `sources`, says which tensors of a checkpoint make up each of our parameters. Our kernels are transposed
 ([in, out]), layers are stacked, and the fused query-key-value projection of the vision tower is three projections.
@@ -8,24 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from srpo_jax.models.config import ModelConfig
 from srpo_jax.models.quantize import is_quantisable, quantise
 from srpo_jax.sharding import flatten, unflatten
-
-if TYPE_CHECKING:
-    from srpo_jax.models.processor import Processor
 
 Params = dict[str, Any]
 WEIGHTS = "model.safetensors"
@@ -296,136 +290,3 @@ def _equal(a: Any, b: Any, rows: int = 4096) -> bool:
         return False
     starts = range(0, size, rows)
     return all(np.array_equal(a[i : min(i + rows, size)], b[i : min(i + rows, size)]) for i in starts)
-
-
-# Writing
-
-
-def save_params(
-    folder: str | Path,
-    config: ModelConfig,
-    params: Params,
-    processor: Processor | None = None,
-    *,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-    """Writes a folder that `transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained` reads.
-
-    The folder appears complete or not at all: files are written beside it and renamed at the end.
-
-    Args:
-      folder: must not exist yet, or be empty.
-      config: written as `config.json`, with the parameters' dtype.
-      params: nested dict of arrays, each in the dtype to be saved, all of it on devices of this process.
-      processor: its tokenizer, chat template and image settings are written too.
-      max_shard_bytes: larger checkpoints are split into several files.
-
-    Raises:
-      FileExistsError: the folder has content.
-      ValueError: params that do not fit the config.
-      OSError: the disk is full or not writable; nothing is left behind.
-    """
-    flat = flatten(params)
-    _check_params(flat, config)
-    with atomic_folder(Path(folder)) as partial:
-        _write_tensors(partial, flat, sources(config), max_shard_bytes)
-        kind = str(np.dtype(flat["embed"].dtype))
-        write_json(partial / "config.json", _with_dtype(config.to_hf(), kind))
-        if processor is not None:
-            processor.save(partial)
-            stops = list(processor.stop_ids)
-            generation = {"eos_token_id": stops if len(stops) > 1 else stops[0], "pad_token_id": processor.pad_id}
-            write_json(partial / "generation_config.json", generation)
-
-
-def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
-    expected = {path: source.param_shape for path, source in sources(config).items()}
-    problems = [f"missing: {path}" for path in sorted(expected.keys() - flat.keys())]
-    problems += [f"unexpected: {path}" for path in sorted(flat.keys() - expected.keys())]
-    for path in sorted(expected.keys() & flat.keys()):
-        if flat[path].shape != expected[path]:
-            problems.append(f"misshapen: {path} is {flat[path].shape}, the config needs {expected[path]}")
-        if not getattr(flat[path], "is_fully_addressable", True):
-            problems.append(f"spread over several processes: {path}; gather it first")
-    if problems:
-        raise ValueError("params do not fit the config\n  " + "\n  ".join(problems))
-
-
-@contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder`, which must not exist or be empty, when all went well."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(
-            f"{folder}: could not be written ({error}); nothing was left behind, free space and retry"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_tensors(folder: Path, flat: Mapping[str, Any], table: Mapping[str, Source], max_shard_bytes: int) -> None:
-    shards = _plan_shards(flat, table, max_shard_bytes)
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(
-            {name: _tensor(name, paths, flat, table) for name, paths in names.items()}, folder / file, {"format": "pt"}
-        )
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        total = sum(array.nbytes for array in flat.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _plan_shards(
-    flat: Mapping[str, Any], table: Mapping[str, Source], max_shard_bytes: int
-) -> list[dict[str, list[str]]]:
-    """Tensors of each file, with the parameters that each tensor is made of."""
-    owners: dict[str, list[str]] = {}
-    for path, source in table.items():
-        for name in source.names:
-            owners.setdefault(name, []).append(path)
-    shards: list[dict[str, list[str]]] = [{}]
-    size = 0
-    for name, paths in owners.items():
-        nbytes = sum(flat[path].nbytes // len(table[path].names) for path in paths)
-        if shards[-1] and size + nbytes > max_shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = paths
-        size += nbytes
-    return shards
-
-
-def _tensor(name: str, paths: list[str], flat: Mapping[str, Any], table: Mapping[str, Source]) -> np.ndarray:
-    """One tensor of the checkpoint on the host."""
-    parts = []
-    for path in paths:  # in the order of `Source.part`
-        source = table[path]
-        value = flat[path][source.names.index(name)] if source.stacked else flat[path]
-        parts.append(np.asarray(value).T if source.transposed else np.asarray(value))
-    return np.ascontiguousarray(np.concatenate(parts).reshape(table[paths[0]].shape))
-
-
-def _with_dtype(hf: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The config with the dtype that transformers should load in, under the names it already uses."""
-    for section in (hf, hf.get("text_config"), hf.get("vision_config")):
-        for key in ("dtype", "torch_dtype"):
-            if section and key in section:
-                section[key] = dtype
-    if "torch_dtype" not in hf:
-        hf["dtype"] = dtype
-    return hf
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON object, keys sorted as Hugging Face's own files have them."""
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

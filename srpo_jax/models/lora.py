@@ -8,6 +8,7 @@ have adapters, and of which rank, is told by the parameters alone; `policy.graph
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -107,23 +108,44 @@ def merged(params: Mapping[str, Any], dtype: Any = None) -> Params:
       dtype: of the result; None keeps each parameter's own, and takes that of the embedding for quantised ones.
     """
     flat = flatten(params)
-    out = {}
-    for path, x in flat.items():
-        if is_adapter(path) or is_constant(path):
-            continue
-        own = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else flat["embed"].dtype
-        parts = [flat.get(path.removesuffix("kernel") + name) for name in PARTS] if path.endswith("kernel") else []
-        if any(part is not None for part in parts):
-            x = _merged_kernel(x, *parts)
-        out[path] = x.astype(dtype or own)
-    return unflatten(out)
+    return unflatten({path: merged_part(flat, path, None, dtype) for path in plain_paths(flat)})
 
 
-@jax.jit
-def _merged_kernel(kernel, kernel_scale, lora_a, lora_b, lora_scale) -> jax.Array:
+def plain_paths(flat: Iterable[str]) -> list[str]:
+    """The parameters of the plain model among those by path: no adapters, no scales."""
+    return [path for path in flat if not is_adapter(path) and not is_constant(path)]
+
+
+def merged_dtype(flat: Mapping[str, Any], path: str, dtype: Any = None) -> jnp.dtype:
+    """The dtype that the parameter at `path` has in `merged`."""
+    own = flat[path].dtype
+    return jnp.dtype(dtype or (own if jnp.issubdtype(own, jnp.floating) else flat["embed"].dtype))
+
+
+def merged_part(flat: Mapping[str, Any], path: str, layer: int | None, dtype: Any = None) -> jax.Array:
+    """The parameter at `path` of `merged`, or one layer of a stacked one, computed where the parameters are.
+
+    Args:
+      flat: parameters by path.
+      path: one of `plain_paths`.
+      layer: index along its first axis; None for all of it.
+      dtype: see `merged`.
+    """
+    dtype = merged_dtype(flat, path, dtype)
+    parts = [flat.get(path.removesuffix("kernel") + name) for name in PARTS] if path.endswith("kernel") else []
+    if all(part is None for part in parts):
+        return flat[path].astype(dtype) if layer is None else flat[path][layer].astype(dtype)
+    return _merged_kernel((flat[path], *parts), layer, dtype)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _merged_kernel(parts: tuple[Any, ...], layer: int | None, dtype: jnp.dtype) -> jax.Array:
+    if layer is not None:
+        parts = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), parts)
+    kernel, kernel_scale, lora_a, lora_b, lora_scale = parts
     if kernel_scale is not None:
         kernel = dequantised(kernel, kernel_scale)
-    if lora_a is None:
-        return kernel
-    delta = jnp.matmul(wide(lora_a), wide(lora_b), precision="highest")
-    return wide(kernel) + lora_scale[..., None, None] * delta
+    if lora_a is not None:
+        delta = jnp.matmul(wide(lora_a), wide(lora_b), precision="highest")
+        kernel = wide(kernel) + lora_scale[..., None, None] * delta
+    return kernel.astype(dtype)

@@ -19,10 +19,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from srpo_jax import distributed
 from srpo_jax.models.config import ModelConfig
-from srpo_jax.models.hf import NEW_PREFIXES, Source, atomic_folder, canonical_name, read_json, sources, write_json
+from srpo_jax.models.hf import NEW_PREFIXES, Source, canonical_name, read_json, sources
 from srpo_jax.models.lora import UNADAPTED, Params, adapted_paths
-from srpo_jax.sharding import flatten
+from srpo_jax.models.saving import atomic_folder, write_json
+from srpo_jax.sharding import flatten, to_host
 
 ADAPTER = ("lora_a", "lora_b", "lora_scale")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -187,6 +189,8 @@ def save_adapters(
 ) -> None:
     """Writes the adapters among `params` as a folder that `peft.PeftModel.from_pretrained` reads (transformers 4.52 or later).
 
+    In a job of several processes all call together and the lead process writes.
+
     Args:
       folder: must not exist yet, or be empty; appears complete or not at all.
       config: of the model.
@@ -198,7 +202,7 @@ def save_adapters(
       FileExistsError: the folder has content.
       ValueError: no adapters.
     """
-    flat = {path: np.asarray(x, np.float32) for path, x in flatten(params).items() if path.endswith(ADAPTER)}
+    flat = {path: to_host(x).astype(np.float32) for path, x in flatten(params).items() if path.endswith(ADAPTER)}
     adapted = set(adapted_paths(flat))
     if not adapted:
         raise ValueError("the policy has no adapters; write it whole instead")
@@ -213,9 +217,11 @@ def save_adapters(
         for letter, factor in (("A", one.a), ("B", one.b)):
             tensors[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(factor.T.astype(dtype))
         sizes[module] = one.a.shape[1], round(one.scale * one.a.shape[1], 6)  # alpha, without float32's last digits
-    with atomic_folder(Path(folder)) as partial:
-        save_file(tensors, partial / WEIGHTS, {"format": "pt"})
-        write_json(partial / CONFIG, _settings(sizes, str(base)))
+    if distributed.is_lead():
+        with atomic_folder(Path(folder)) as partial:
+            save_file(tensors, partial / WEIGHTS, {"format": "pt"})
+            write_json(partial / CONFIG, _settings(sizes, str(base)))
+    distributed.barrier()
 
 
 def _factors(flat: Mapping[str, np.ndarray], path: str, layer: int, source: Source) -> Factors:

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from srpo_jax.inputs import Encoded, Inputs, batch_inputs
 from srpo_jax.models.config import ModelConfig
-from srpo_jax.models.hf import Params, load_params, param_shapes, read_config, save_params
-from srpo_jax.models.lora import PARTS, LoraConfig, adapted_paths, init_adapters, merged
+from srpo_jax.models.hf import Params, load_params, param_shapes, read_config
+from srpo_jax.models.lora import PARTS, LoraConfig, adapted_paths, init_adapters
 from srpo_jax.models.peft import base_folder, is_adapter_folder, load_adapters
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+from srpo_jax.models.saving import save_params
 from srpo_jax.sharding import flatten, param_shardings, unflatten
 
 SHORTEST_BUCKET = 32
@@ -75,14 +76,14 @@ class Policy:
             raise ValueError(f"example {number}: {error}") from error
 
     def save(self, folder: str | Path, params: Params | None = None, dtype: Any = None) -> None:
-        """Writes a folder in Hugging Face's format (see `hf.save_params`).
+        """Writes a folder in Hugging Face's format (see `saving.save_params`).
 
         Args:
           folder: must not exist yet, or be empty.
           params: in place of its own; adapters and quantised kernels are merged (see `lora.merged`).
           dtype: of the tensors in the file; None keeps that of the parameters.
         """
-        save_params(folder, self.config, merged(self.params if params is None else params, dtype), self.processor)
+        save_params(folder, self.config, self.params if params is None else params, self.processor, dtype=dtype)
 
 
 def load_policy(

@@ -61,6 +61,8 @@ def score_trees(
 ) -> Iterator[list[np.ndarray]]:
     """log π of the tokens of all branches of given trees, whoever wrote them: packed as an update packs, forward alone.
 
+    In a job of several processes all call with the same trees, and all get the log-probs of all of them.
+
     Args:
       graphdef: of the policy's module.
       params: its parameters; on a mesh, trees are split over its data axes.
@@ -83,9 +85,10 @@ def score_trees(
         part = [_alike(tree) for tree in trees[start : start + batch]]
         packed, _ = pack_trees([tree for tree, _ in part], pack, size=batch, buffers=buffers)
         if mesh is not None:
-            packed = jax.device_put(packed, sharding.batch_sharding(mesh))
+            packed = sharding.place(packed, sharding.batch_sharding(mesh))
         with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-            scores = jax.device_get(_branch_logprobs(graphdef, params, packed, chunk=chunk, attention=attention))
+            scores = _branch_logprobs(graphdef, params, packed, chunk=chunk, attention=attention)
+            scores = sharding.to_host(scores)
         for (_, places), row in zip(part, scores, strict=False):
             yield [row[place, :length] for place, length in places]
 

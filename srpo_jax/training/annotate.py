@@ -25,7 +25,6 @@ from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.models.scoring import score_trees
-from srpo_jax.sharding import local_copy
 from srpo_jax.training.step import ComputeConfig
 from srpo_jax.trees import Branch, PackConfig, ReasoningTree, usable_branches
 
@@ -47,7 +46,7 @@ def annotate(
       policy: the reference model, which is the policy before training, and its processor.
       pack: shapes and extras.
       compute: how the update computes; the reference model computes the same way.
-      batch: trees scored together.
+      batch: trees scored together, a multiple of the data × fsdp devices of the mesh.
       folder: where `reference.jsonl` is kept and resumed from; None keeps nothing.
     """
     trees = list(trees)
@@ -88,25 +87,27 @@ def with_reference(
     batch: int,
     folder: str | Path | None = None,
 ) -> list[ReasoningTree]:
-    """The trees with log-probs of their usable branches under `policy`; see `annotate`."""
-    params = compute_params(local_copy(policy.params), compute.dtype)
+    """The trees with log-probs of their usable branches under `policy`; see `annotate`.
+
+    Of several processes all score the same trees together, and the lead process writes down the log-probs.
+    """
+    params = compute_params(policy.params, compute.dtype)
     pack = dataclasses.replace(pack, extras=())
     name = params_fingerprint(params)
     with Store.open(folder, REFERENCE) as store:
         known = {line["tree"]: line for line in store.lines if line["parameters"] == name}
         missing = [tree for tree in trees if _key(tree, pack) not in known]
-        own = distributed.mine(missing, batch)
-        bar = tqdm(total=len(own), desc="reference", unit="tree", disable=not own or not distributed.is_lead())
-        usable = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0])) for tree in own]
+        distributed.barrier()  # what the lead appends from here on, nobody has read
+        bar = tqdm(total=len(missing), desc="reference", unit="tree", disable=not missing or not distributed.is_lead())
+        usable = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0])) for tree in missing]
         options: dict[str, Any] = {"chunk": compute.logprob_chunk, "attention": compute.attention}
-        for tree, told in zip(own, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True):
+        for tree, told in zip(missing, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True):
             line = {"record_id": tree.trunk.record_id, "tree": _key(tree, pack), "parameters": name}
             known[line["tree"]] = line | {"logprobs": [x.tolist() for x in told]}
-            store.append(known[line["tree"]])
+            if distributed.is_lead():
+                store.append(known[line["tree"]])
             bar.update()
         bar.close()
-        if distributed.process_count() > 1:
-            known = {line["tree"]: line for line in store.share() if line["parameters"] == name}
     return [_told(tree, known[_key(tree, pack)], pack) for tree in trees]
 
 

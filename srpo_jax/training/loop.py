@@ -12,9 +12,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, make_update
 from srpo_jax.training.workdir import MetricsLog, NoLog, open_log
-from srpo_jax.trees import PackConfig, ReasoningTree, check_trunks, select_pairs, usable_branches
+from srpo_jax.trees import PackConfig, ReasoningTree, Trunk, check_trunks, select_pairs, usable_branches
 
 
 class TrainingError(RuntimeError):
@@ -84,6 +84,8 @@ def train(
     workdir: str | Path,
     mesh: jax.sharding.Mesh,
     profile: Profile | None = None,
+    *,
+    donate: bool = False,
 ) -> dict[str, Any]:
     """Trains `policy` and returns its new parameters.
 
@@ -95,6 +97,8 @@ def train(
       workdir: an open work directory (see `training.workdir`).
       mesh: from `sharding.make_mesh`.
       profile: which update to trace, if any.
+      donate: parameters of `policy` that train are deleted once the run has its own copy of them; unless an objective reads
+        the policy before training.
 
     Raises:
       TrainingError: a loss that is not finite, too many unknown or truncated branches, or a round without any pair.
@@ -102,23 +106,29 @@ def train(
     """
     workdir = Path(workdir)
     optimizer, offload = config.optim.make(), config.optim.offload
+    donate = donate and "reference" not in config.pack.extras
     with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpoints:
         if checkpoints.latest() is None:
             state = init_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
+            _delete(policy, state.params if donate else {})
         else:  # into shapes: a fresh state beside the restored one would take the memory twice
             like = abstract_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
             frozen = place_frozen(policy.params, like.frozen)
+            _delete(policy, like.params if donate else {})
             state = _resume(checkpoints, like.moving(), frozen, config)
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state, offload=offload)
-        step = int(state.step)
+        step, trunks = int(state.step), None
         with open_log(workdir, last_step=step) as log:
             progress = Progress(log, max(1, config.rounds) * config.updates)
             for round_ in range(max(1, config.rounds)):
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates
                 if step >= stop:
                     continue
+                trunks = _trunks(policy, data, config) if trunks is None else trunks
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
-                trees, statistics = _trees(policy, state, data, judge, config, workdir, round_, at_start=step == first)
+                trees, statistics = _trees(
+                    policy, state, data, trunks, judge, config, workdir, round_, at_start=step == first
+                )
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 parts, mine = sharding.batch_parts(mesh), sharding.local_parts(mesh)
                 work = _work_of(policy, state, config.pack)
@@ -150,24 +160,37 @@ def _metadata(state: TrainState, config: RunConfig) -> dict[str, Any]:
     return {"seed": config.seed, "next_update": int(state.step), "frozen": params_fingerprint(state.frozen)}
 
 
-def _trees(policy, state: TrainState, data, judge, config: RunConfig, workdir: Path, round_: int, *, at_start: bool):
+def _delete(policy: Policy, paths: Iterable[str]) -> None:
+    """Frees parameters of the policy."""
+    params = sharding.flatten(policy.params)
+    for path in paths:
+        params[path].delete()
+
+
+def _trunks(policy: Policy, data: Sequence[Record] | Sequence[ReasoningTree], config: RunConfig) -> list[Trunk]:
+    """The records' trunks, made once for all rounds, each of a size that exploration and update take; trees have theirs."""
+    if not len(data) or not isinstance(data[0], Record):
+        return []
+    trunks = [make_trunk(record, policy.processor) for record in cast(Sequence[Record], data)]
+    check_trunks(trunks, config.pack, *([config.explore.k, config.explore.max_tokens] if config.rounds else []))
+    return trunks
+
+
+def _trees(
+    policy, state: TrainState, data, trunks, judge, config: RunConfig, workdir: Path, round_: int, *, at_start: bool
+):
     """The trees of a round and what to report of them with its first update."""
     if config.rounds == 0:
-        if len(data) and isinstance(data[0], Record):
-            data = [ReasoningTree(make_trunk(record, policy.processor), ()) for record in data]
-            check_trunks((tree.trunk for tree in data), config.pack)
+        data = [ReasoningTree(trunk, ()) for trunk in trunks] or data
         if config.pack.extras:
             data = annotate(data, policy, config.pack, config.compute, config.batch.trees, workdir / "trees")
         return data, {}
     folder = workdir / "trees" / f"round_{round_:03d}"
-    if round_ == 0 and at_start:
-        trunks = (make_trunk(record, policy.processor) for record in data)
-        check_trunks(trunks, config.pack, config.explore.k, config.explore.max_tokens)
     params = None  # those that explored a round under way are gone
     if at_start:
         params = compute_params(state.all_params(), config.compute.dtype)  # what the update computes with
     key = jax.random.key(config.seed)
-    trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder)
+    trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder, trunks=trunks)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
     trees = annotate(trees, policy, config.pack, config.compute, config.batch.trees, folder)

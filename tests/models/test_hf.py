@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from srpo_jax.models import hf
-from srpo_jax.models.hf import load_params, read_config, save_params
+from srpo_jax.models import hf, saving
+from srpo_jax.models.hf import load_params, read_config
 from srpo_jax.models.policy import load_policy
+from srpo_jax.models.saving import save_params
 from srpo_jax.sharding import flatten, unflatten
 
 VARIANTS = ("untied", "tied", "full")
@@ -247,6 +248,21 @@ def test_unreadable_config(copied):
         load_policy(copied)
 
 
+def test_no_more_than_a_tensor_leaves_the_devices_at_a_time(config, params, tmp_path, monkeypatch):
+    """So that a policy can be written which no host holds; stacked layers go one by one."""
+    taken, inner = [], saving.to_host
+
+    def spy(x):
+        taken.append(x.shape)
+        return inner(x)
+
+    monkeypatch.setattr(saving, "to_host", spy)
+    save_params(tmp_path / "out", config, params)
+    stacked = {path: x.shape for path, x in flatten(params).items() if path.startswith(("layers/", "vision/blocks/"))}
+    assert len(taken) == sum(s[0] for s in stacked.values()) + len(flatten(params)) - len(stacked)
+    assert not any(len(shape) == 3 for shape in taken) and any(len(shape) == 3 for shape in stacked.values())
+
+
 def test_nothing_is_overwritten_and_nothing_half_written_remains(config, params, tmp_path, monkeypatch):
     target = tmp_path / "out"
     (tmp_path / ".out.partial").mkdir()  # of a run that was killed
@@ -259,7 +275,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_remains(config, params,
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full)
+    monkeypatch.setattr(saving, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_params(tmp_path / "other", config, params)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -331,6 +331,42 @@ def test_the_policy_that_was_given_is_still_there_afterwards(finished, tiny_poli
     assert not any(x.is_deleted() for x in jax.tree.leaves(tiny_policy.params))
 
 
+def test_a_donated_policy_makes_room_for_the_run(finished, tiny_policy, records, mesh, tmp_path, monkeypatch):
+    """Before the first update, and before a checkpoint is read; what stays frozen is shared, so it stays."""
+    policy = dataclasses.replace(tiny_policy, params=jax.tree.map(jnp.copy, tiny_policy.params))
+    given = sharding.flatten(policy.params)
+    learn = dataclasses.replace(LEARN, trainable=OUTPUT, updates=1)
+    deleted, inner = [], loop.make_update
+
+    def spy(*args, **kwargs):
+        deleted.append({path for path, x in given.items() if x.is_deleted()})
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "make_update", spy)
+    after = train(policy, records, None, learn, tmp_path, mesh, donate=True)
+    assert deleted == [{"head", "norm/scale"}]
+    policy = dataclasses.replace(tiny_policy, params=jax.tree.map(jnp.copy, tiny_policy.params))
+    given = sharding.flatten(policy.params)
+    assert_equal(train(policy, records, None, learn, tmp_path, mesh, donate=True), after)
+    assert deleted[1:] == deleted[:1]
+
+
+def test_every_trunk_is_made_once_for_all_rounds(finished, tiny_policy, records, mesh, tmp_path, monkeypatch):
+    made, inner = [], loop.make_trunk
+
+    def spy(record, processor):
+        made.append(record.id)
+        return inner(record, processor)
+
+    monkeypatch.setattr(loop, "make_trunk", spy)
+    monkeypatch.setattr("srpo_jax.exploration.explorer.make_trunk", spy)
+    workdir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    for step in (1, 2, 3, 4):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    assert_equal(train(tiny_policy, records, judge, RUN, workdir, mesh), finished[1])
+    assert made == [record.id for record in records]
+
+
 @pytest.mark.parametrize("rounds", [0, 2])
 def test_a_record_that_does_not_fit_stops_the_run_before_it_explores_or_learns(
     tiny_policy, records, mesh, tmp_path, monkeypatch, rounds
