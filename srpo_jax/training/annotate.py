@@ -101,7 +101,9 @@ def with_reference(
         bar = tqdm(total=len(missing), desc="reference", unit="tree", disable=not missing or not distributed.is_lead())
         usable = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0])) for tree in missing]
         options: dict[str, Any] = {"chunk": compute.logprob_chunk, "attention": compute.attention}
-        for tree, told in zip(missing, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True):
+        for tree, told in zip(
+            missing, score_trees(policy.graphdef, params, usable, pack, batch, **options), strict=True
+        ):
             line = {"record_id": tree.trunk.record_id, "tree": _key(tree, pack), "parameters": name}
             known[line["tree"]] = line | {"logprobs": [x.tolist() for x in told]}
             if distributed.is_lead():
