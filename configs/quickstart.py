@@ -14,7 +14,7 @@ def get_config():
     config = default_config()
     config.data.n = 384  # 192 risky records and their harmless twins
     config.explore.update(k=4, temperature=1.0, max_tokens=100, trees=16, width=12, trunk=(144,), patches=(64,))
-    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(6, 9, 12, 15, 20, 26), row=100)
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(11, 15, 26), row=100)
     config.pack.update(branches=(24,), branch=(100,))
     config.batch.update(trees=8)
     config.loss.srpo.lambda_ = 0.3

@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -32,6 +33,10 @@ METHODS = flags.DEFINE_list("methods", None, "Run these alone; default: all of t
 
 
 def main(_):
+    if (
+        not jax.config.jax_compilation_cache_dir
+    ):  # runs of a method share their programs, and so does what a restart repeats
+        jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value).absolute() / "programs"))
     config = CONFIG.value
     design = read_design(config)
     workdir = open_workdir(WORKDIR.value, config)

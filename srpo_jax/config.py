@@ -101,7 +101,7 @@ def default_config() -> ml_collections.ConfigDict:
         branch=(256,),
         patches=PATCHES,
     )
-    del config.pack["extras"]  # the objectives tell
+    del config.pack["extras"], config.pack["learns"]  # the objectives tell
     config.batch = _defaults(BatchConfig, trees=8)
     config.compute = _defaults(ComputeConfig)
     config.eval = evaluation.default_config()
@@ -131,7 +131,10 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     """
     steps = config.optim.steps or config.updates * max(1, config.rounds)
     loss = loss_config(config.loss)
-    given: dict[str, dict[str, Any]] = {"optim": {"steps": steps}, "pack": {"extras": loss.extras()}}
+    given: dict[str, dict[str, Any]] = {
+        "optim": {"steps": steps},
+        "pack": {"extras": loss.extras(), "learns": loss.learns()},
+    }
     if config.rounds == 0:
         given["pack"] = _trunks_alone(config.pack.trunk)
     parts: dict[str, Any] = {

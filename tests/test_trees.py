@@ -90,6 +90,27 @@ def test_no_branch_is_lost_silently(branches):
 
 
 @settings(deadline=None)
+@given(branch_lists, st.sampled_from([None, 1, 2, 3, 4, 7]), st.booleans())
+def test_branches_that_no_pair_needs_are_left_out_and_the_pairs_stay(branches, most, substitutes):
+    tree = ReasoningTree(make_trunk(unsafe=np.asarray([7, 8], np.int32)), tuple(branches))
+    config = dataclasses.replace(CONFIG, max_pairs=most, substitutes=substitutes)
+
+    def pairs(learns):
+        used, verdicts, counts = trees.usable_branches(tree, dataclasses.replace(config, learns=learns))
+        chosen = trees.select_pairs([b.prefix for b in used], verdicts, most)
+        named = {
+            tuple((used[i].prefix, used[i].tokens.tobytes()) for i in ij)
+            for ij in zip(*np.nonzero(chosen), strict=True)
+        }
+        return named, used, verdicts, counts
+
+    (every, used, verdicts, counts), (same, paired, _, left) = pairs("all"), pairs("paired")
+    assert same == every and {(b.prefix, b.tokens.tobytes()) for b in paired} == {one for two in every for one in two}
+    assert left["idle"] == len(used) - len(paired) and left["dropped"] == counts["dropped"] and counts["idle"] == 0
+    assert pairs("favourable")[2] == [v for v in verdicts if v == FAVOURABLE]
+
+
+@settings(deadline=None)
 @given(branch_lists)
 def test_json_round_trip_is_exact(branches):
     tree = ReasoningTree(make_trunk(), tuple(branches))
@@ -141,7 +162,7 @@ def test_identical_branches_with_different_verdicts_are_unknown():
     usable, verdicts, counts = trees.usable_branches(tree, CONFIG)
     assert [b.prefix for b in usable] == [1]
     assert verdicts == [FAVOURABLE]
-    assert counts == {"merged": 1, "dropped": 1}
+    assert counts == {"merged": 1, "dropped": 1, "idle": 0}
 
 
 def test_substitutes_fill_one_sided_prefixes_with_the_records_own_continuation():

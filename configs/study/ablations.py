@@ -15,7 +15,7 @@ def srpo(**options):
     return {"loss": {"srpo": options}}
 
 
-K8 = {"explore": {"k": 8}, "pack": {"branches": (48,), "rows": (6, 12, 20, 32, 52)}}
+K8 = {"explore": {"k": 8}, "pack": {"branches": (48,), "rows": (11, 20, 30, 52)}}
 METHODS = {
     "srpo": {},
     "lambda 0": srpo(lambda_=0.0),

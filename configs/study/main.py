@@ -31,7 +31,7 @@ def rates():
 METHODS = {
     "sft": only("sft") | {"rounds": 0},
     "favourable_sft": only("favourable_sft"),
-    "rejection_sft": only("rejection_sft"),
+    "rejection_sft": only("rejection_sft") | {"trees": {"prefixes": (0,)}},  # it needs, and pays for, no others
     "dpo": only("dpo"),
     "orpo": only("orpo"),
     "simpo": only("simpo"),
@@ -55,19 +55,19 @@ TRIALS = {
 
 
 def recipe():
-    """One run: 96 records, 12 updates of 8 trees, 200 test prompts at temperature 1."""
+    """One run: 96 records, 12 updates of 8 trees, 384 test prompts at temperature 1, half of them risky."""
     config = default_config()
     config.data.n = 96
     config.explore.update(k=4, temperature=1.0, max_tokens=100, trees=16, trunk=(144,), patches=(64,))
-    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(6, 9, 12, 15, 20, 26), row=100)
+    config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(4, 11, 15, 26), row=100)
     config.pack.update(branches=(24,), branch=(100,))
     config.batch.update(trees=8)
     config.compute.remat = "none"
     config.optim.update(learning_rate=4e-4, warmup=3, weight_decay=0.0)
     config.updates = 12
     config.checkpoint_every = 1000  # a run is short; it starts over
-    config.eval.update(n=100, splits=("test_id", "combination"), temperatures=(1.0,), max_tokens=100)
-    config.eval.update(batch=200, trunk=(64,), patches=(64,))
+    config.eval.update(n=192, splits=("test_id", "combination"), temperatures=(1.0,), max_tokens=100)
+    config.eval.update(batch=192, trunk=(64,), patches=(64,))
     return config
 
 

@@ -33,7 +33,7 @@ from srpo_jax.study.design import BASE, Cell, Design, StudyError, TreeOptions, c
 from srpo_jax.training.annotate import annotate
 from srpo_jax.training.loop import RunConfig, train
 from srpo_jax.training.workdir import open_workdir
-from srpo_jax.trees import ReasoningTree
+from srpo_jax.trees import ReasoningTree, usable_branches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ def run_cell(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
     """Runs a cell, or reads what it left; `trial` is the tuned one."""
     file = bench.workdir / "cells" / f"{cell.name}.json"
     if file.exists():
+        shutil.rmtree(bench.workdir / "runs" / cell.name, ignore_errors=True)  # a kill may have come between the two
         return json.loads(file.read_text(encoding="utf-8"))
     begin = time.time()
     config, options = cell_config(bench.config, bench.design, cell, trial)
@@ -134,9 +135,11 @@ def cell_cost(bench: Bench, run: RunConfig, trees: Sequence[ReasoningTree]) -> d
     """Updates and operations of a run of one round: exploration, reference log-probs, updates; by formula (`flops`)."""
     model, flat = bench.policy.config, sharding.flatten(bench.policy.params)
     sizes = [TreeSize.of(tree, model.vision) for tree in trees]
+    used = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, run.pack)[0])) for tree in trees]
+    read = [TreeSize.of(tree, model.vision) for tree in used]
     explored = sum(exploration_flops(model, flat, size).total for size in sizes) if run.rounds else 0.0
-    reference = sum(forward_flops(model, flat, size).total for size in sizes) if "reference" in run.pack.extras else 0.0
-    per_tree = float(np.mean([update_flops(model, flat, flat, size).model.total for size in sizes]))
+    reference = sum(forward_flops(model, flat, size).total for size in read) if "reference" in run.pack.extras else 0.0
+    per_tree = float(np.mean([update_flops(model, flat, flat, size).model.total for size in read]))
     per_update = per_tree * run.batch.trees * run.batch.accumulate
     updates = run.updates * max(1, run.rounds)
     return {"updates": updates, "flops": explored * max(1, run.rounds) + reference + updates * per_update} | {

@@ -46,6 +46,7 @@ class Term(NamedTuple):
       contrasts: whether, given the options, it learns nothing from branches that are all favourable or all
         unfavourable.
       path_alone: whether, given the options, a tree without branches still teaches the reference path.
+      learns: which branches it reads, as in `PackConfig.learns`; "" for none.
       extras: fields of `trees.EXTRAS` that it reads, given the options.
     """
 
@@ -53,6 +54,7 @@ class Term(NamedTuple):
     arguments: Callable[[TreeLogprobs], tuple]
     contrasts: Callable[[Options], bool]
     path_alone: Callable[[Options], bool]
+    learns: str
     extras: Callable[[Options], tuple[str, ...]] = lambda options: ()
 
     def defaults(self) -> dict[str, Any]:
@@ -94,18 +96,18 @@ def _reference(options: Options) -> tuple[str, ...]:
 
 
 TERMS = {
-    "srpo": Term(losses.srpo, _all, lambda o: bool(o["lambda_"]) or not _on_path(o), _on_path),
-    "rpo": Term(losses.rpo, _all, _yes, _no),
-    "sft": Term(losses.sft, _path, _no, _yes),
-    "favourable_sft": Term(losses.favourable_sft, _both, _no, _yes),
-    "rejection_sft": Term(losses.rejection_sft, _branches, _no, _no),
-    "dpo": Term(losses.dpo, _branches, _yes, _no, _reference),
-    "ipo": Term(losses.ipo, _branches, _yes, _no, _reference),
-    "step_dpo": Term(losses.step_dpo, _branches, _yes, _no, lambda o: ("reference", "step_lengths")),
-    "orpo": Term(losses.orpo, _branches, _yes, _no),
-    "simpo": Term(losses.simpo, _branches, _yes, _no),
-    "kto": Term(losses.kto, _branches, _no, _no, _reference),
-    "grpo": Term(losses.grpo, _branches, _yes, _no, lambda o: ("reference",) if o["beta"] else ()),
+    "srpo": Term(losses.srpo, _all, lambda o: bool(o["lambda_"]) or not _on_path(o), _on_path, "paired"),
+    "rpo": Term(losses.rpo, _all, _yes, _no, "paired"),
+    "sft": Term(losses.sft, _path, _no, _yes, ""),
+    "favourable_sft": Term(losses.favourable_sft, _both, _no, _yes, "favourable"),
+    "rejection_sft": Term(losses.rejection_sft, _branches, _no, _no, "favourable"),
+    "dpo": Term(losses.dpo, _branches, _yes, _no, "paired", _reference),
+    "ipo": Term(losses.ipo, _branches, _yes, _no, "paired", _reference),
+    "step_dpo": Term(losses.step_dpo, _branches, _yes, _no, "paired", lambda o: ("reference", "step_lengths")),
+    "orpo": Term(losses.orpo, _branches, _yes, _no, "paired"),
+    "simpo": Term(losses.simpo, _branches, _yes, _no, "paired"),
+    "kto": Term(losses.kto, _branches, _no, _no, "all", _reference),
+    "grpo": Term(losses.grpo, _branches, _yes, _no, "all", lambda o: ("reference",) if o["beta"] else ()),
 }
 """The objectives that `config.loss.weights` names, in the order of docs/loss.md."""
 
@@ -183,6 +185,12 @@ class LossConfig:
     def need_branches(self) -> list[str]:
         """The terms that learn nothing from trees without branches."""
         return [name for name in self.terms if not TERMS[name].path_alone(self.options_of(name))]
+
+    def learns(self) -> str:
+        """Which branches an update has to compute, see `PackConfig.learns`; without terms that read any, those of pairs, whose
+        statistics are logged."""
+        kinds = {TERMS[name].learns for name in self.terms} - {""}
+        return "all" if len(kinds) > 1 else next(iter(kinds), "paired")
 
     def extras(self) -> tuple[str, ...]:
         """Fields of `trees.EXTRAS` that the terms read."""

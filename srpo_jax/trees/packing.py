@@ -179,7 +179,7 @@ def pack_trees(
       shape: to pack into; None takes `pack_shape`. The parts of one batch are packed into `PackShape.covering` of theirs.
 
     Returns:
-      The batch in numpy, and counters: merged and dropped branches, prefixes, executed and useful tokens.
+      The batch in numpy, and counters: merged, dropped and idle branches, prefixes, executed and useful tokens.
 
     Raises:
       ValueError: a tree that exceeds the largest shapes; names its record.
@@ -218,7 +218,7 @@ def pack_shape(trees: Sequence[ReasoningTree], config: PackConfig, buffers: int 
 
 def _lay_out(trees: Sequence[ReasoningTree], config: PackConfig) -> tuple[list[_Tree], dict[str, int]]:
     """The branches of every tree that count, in rows, and how many were merged and dropped."""
-    parts, counters = [], {"merged": 0, "dropped": 0, "prefixes": 0}
+    parts, counters = [], {"merged": 0, "dropped": 0, "idle": 0, "prefixes": 0}
     for tree in trees:
         branches, verdicts, counts = usable_branches(tree, config)
         inputs = [len(b.tokens) - 1 for b in branches]

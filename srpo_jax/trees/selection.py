@@ -22,7 +22,8 @@ def verdict_of(branch: Branch, unknown: str = "drop") -> int:
 
 
 def usable_branches(tree: ReasoningTree, config: PackConfig) -> tuple[list[Branch], list[int], dict[str, int]]:
-    """Distinct branches with a known verdict, their verdicts, and how many were merged or dropped.
+    """Distinct branches with a known verdict that `config.learns` asks for, their verdicts, and how many were merged, dropped
+    as unknown, or left idle because no loss reads them.
 
     Branches with the same tokens at the same prefix are one branch, which counts them. If their judges disagree, it is unknown.
     """
@@ -37,7 +38,18 @@ def usable_branches(tree: ReasoningTree, config: PackConfig) -> tuple[list[Branc
     if config.substitutes:
         kept += _substitutes(tree.trunk, kept)
     counts = {"merged": len(tree.branches) - len(merged), "dropped": len(merged) - sum(b.on_policy for b, _ in kept)}
-    return [b for b, _ in kept], [v for _, v in kept], counts
+    read = [one for one, reads in zip(kept, _read(kept, config), strict=True) if reads]
+    counts["idle"] = len(kept) - len(read)
+    return [b for b, _ in read], [v for _, v in read], counts
+
+
+def _read(kept: Sequence[tuple[Branch, int]], config: PackConfig) -> Sequence[bool] | np.ndarray:
+    """Which branches the losses read. Pairs selected from these alone are the pairs selected from all."""
+    verdicts = [verdict for _, verdict in kept]
+    if config.learns == "paired":
+        pairs = select_pairs([b.prefix for b, _ in kept], verdicts, config.max_pairs)
+        return pairs.any(axis=0) | pairs.any(axis=1)
+    return [config.learns == "all" or verdict == FAVOURABLE for verdict in verdicts]
 
 
 def _substitutes(trunk: Trunk, kept: Sequence[tuple[Branch, int]]) -> list[tuple[Branch, int]]:

@@ -42,6 +42,8 @@ class PackConfig:
       max_pairs: pairs kept per prefix, None for all.
       substitutes: give one-sided prefixes the reference's own continuation (favourable) or its path with the unsafe reply.
         They are off-policy.
+      learns: which branches with a verdict are packed, the others being left out of the update because no loss reads them:
+        "all", "paired" (those of a pair) or "favourable".
       extras: fields of `TreeBatch` that only some losses read, of `EXTRAS`; every branch must tell them.
 
     Raises:
@@ -58,6 +60,7 @@ class PackConfig:
     unknown: str = "drop"
     max_pairs: int | None = None
     substitutes: bool = False
+    learns: str = "all"
     extras: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -65,6 +68,8 @@ class PackConfig:
             raise ValueError(f"extras={self.extras}: {sorted(unknown)} is none of {sorted(EXTRAS)}")
         if self.unknown not in ("drop", "unfavourable"):
             raise ValueError(f"unknown={self.unknown!r}: use 'drop' or 'unfavourable'")
+        if self.learns not in ("all", "paired", "favourable"):
+            raise ValueError(f"learns={self.learns!r}: use 'all', 'paired' or 'favourable'")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"max_pairs={self.max_pairs}: keep at least one pair, or None for all")
         if self.row < 1:

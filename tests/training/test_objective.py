@@ -31,6 +31,41 @@ def test_a_single_term_is_its_function(name):
     assert all(x.shape == (1,) for x in question_sums_input(aux))
 
 
+@pytest.mark.parametrize("name", TERMS)
+def test_a_term_learns_from_the_branches_that_it_says(name):
+    """Those of a prefix on one side, or the unfavourable ones, may then be left out of the update."""
+    rng = np.random.default_rng(1)
+    prefixes = [0, 0, 0, 1, 1, 2]  # branch 0 against 1 and 2; one-sided prefixes 1 (favourable) and 2
+    made = [
+        One(p, v, 1, 1, *(-rng.exponential(size=4) for _ in range(3))) for p, v in zip(prefixes, [1, 0, 0, 1, 1, 0])
+    ]
+    branches = as_arrays(made)._replace(tokens=jnp.asarray(rng.integers(0, 9, (1, M, L))))
+    trees = TreeLogprobs(jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([3]), branches, jnp.ones((1, M), int))
+    config = LossConfig({name: 1.0})
+
+    def loss(logprobs):
+        return total_loss(trees._replace(branches=branches._replace(logprobs=logprobs)), config)[0].sum()
+
+    moved = np.abs(jax.grad(loss)(branches.logprobs)[0]).sum(-1) > 0
+    read = {"": set(), "all": set(range(6)), "paired": {0, 1, 2}, "favourable": {0, 3, 4}}[TERMS[name].learns]
+    assert set(np.flatnonzero(moved)) <= read and moved.any() == bool(read)
+
+
+@pytest.mark.parametrize(
+    ("weights", "learns"),
+    [
+        ({"srpo": 1.0}, "paired"),
+        ({"sft": 1.0}, "paired"),
+        ({"sft": 1.0, "rejection_sft": 1.0}, "favourable"),
+        ({"favourable_sft": 1.0, "dpo": 1.0}, "all"),
+        ({"srpo": 1.0, "kto": 1.0}, "all"),
+        ({"srpo": 1.0, "kto": 0.0}, "paired"),
+    ],
+)
+def test_a_sum_of_terms_learns_from_the_branches_of_each(weights, learns):
+    assert LossConfig(weights).learns() == learns
+
+
 def question_sums_input(aux):
     """Every statistic is one number per question, so that it can be summed over micro-batches."""
     question_sums(jnp.ones(1), aux, jnp.ones(1))
