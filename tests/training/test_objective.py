@@ -35,10 +35,9 @@ def test_a_single_term_is_its_function(name):
 def test_a_term_learns_from_the_branches_that_it_says(name):
     """Those of a prefix on one side, or the unfavourable ones, may then be left out of the update."""
     rng = np.random.default_rng(1)
-    prefixes = [0, 0, 0, 1, 1, 2]  # branch 0 against 1 and 2; one-sided prefixes 1 (favourable) and 2
-    made = [
-        One(p, v, 1, 1, *(-rng.exponential(size=4) for _ in range(3))) for p, v in zip(prefixes, [1, 0, 0, 1, 1, 0])
-    ]
+    # Branch 0 against 1 and 2 of its prefix; prefixes 1 (favourable) and 2 are one-sided.
+    places = [(0, 1), (0, 0), (0, 0), (1, 1), (1, 1), (2, 0)]
+    made = [One(prefix, verdict, 1, 1, *(-rng.exponential(size=4) for _ in range(3))) for prefix, verdict in places]
     branches = as_arrays(made)._replace(tokens=jnp.asarray(rng.integers(0, 9, (1, M, L))))
     trees = TreeLogprobs(jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([3]), branches, jnp.ones((1, M), int))
     config = LossConfig({name: 1.0})
