@@ -33,9 +33,7 @@ METHODS = flags.DEFINE_list("methods", None, "Run these alone; default: all of t
 
 
 def main(_):
-    if (
-        not jax.config.jax_compilation_cache_dir
-    ):  # runs of a method share their programs, and so does what a restart repeats
+    if not jax.config.values["jax_compilation_cache_dir"]:  # runs of a method, and restarts, share their programs
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value).absolute() / "programs"))
     config = CONFIG.value
     design = read_design(config)

@@ -43,12 +43,12 @@ def usable_branches(tree: ReasoningTree, config: PackConfig) -> tuple[list[Branc
     return [b for b, _ in read], [v for _, v in read], counts
 
 
-def _read(kept: Sequence[tuple[Branch, int]], config: PackConfig) -> Sequence[bool] | np.ndarray:
+def _read(kept: Sequence[tuple[Branch, int]], config: PackConfig) -> list[bool]:
     """Which branches the losses read. Pairs selected from these alone are the pairs selected from all."""
     verdicts = [verdict for _, verdict in kept]
     if config.learns == "paired":
         pairs = select_pairs([b.prefix for b, _ in kept], verdicts, config.max_pairs)
-        return pairs.any(axis=0) | pairs.any(axis=1)
+        return (pairs.any(axis=0) | pairs.any(axis=1)).tolist()
     return [config.learns == "all" or verdict == FAVOURABLE for verdict in verdicts]
 
 
