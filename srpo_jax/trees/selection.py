@@ -48,7 +48,8 @@ def _read(kept: Sequence[tuple[Branch, int]], config: PackConfig) -> list[bool]:
     verdicts = [verdict for _, verdict in kept]
     if config.learns == "paired":
         pairs = select_pairs([b.prefix for b, _ in kept], verdicts, config.max_pairs)
-        return [bool(used) for used in pairs.any(axis=0) | pairs.any(axis=1)]
+        used = set(np.concatenate(np.nonzero(pairs)).tolist())
+        return [m in used for m in range(len(kept))]
     return [config.learns == "all" or verdict == FAVOURABLE for verdict in verdicts]
 
 
