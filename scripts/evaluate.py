@@ -81,7 +81,7 @@ def main(_):
             folder, asked, who = workdir / "evaluation", task.questions, task.evaluator
             entry = evaluate(policy, policy.params, asked, who, decoding, folder, **shown) | {"data": task.data}
             if INTERVENE.value and task.benchmark is None:
-                swapped = intervene(policy, policy.params, asked, who, decoding, prompts, folder, **how)
+                swapped = intervene(policy, policy.params, asked, who, decoding, prompts, folder, row=entry, **how)
                 entry["interventions"] = swapped
             rows.append(entry)
             if distributed.is_lead():

@@ -14,6 +14,7 @@ from ml_collections import config_flags
 from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
+from srpo_jax.evaluation.combs import explored_combs, write_combs
 from srpo_jax.evaluation.evaluate import evaluate, reference_rows
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.report import write_report
@@ -22,6 +23,8 @@ from srpo_jax.training.loop import train
 from srpo_jax.training.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/quickstart.py", "What to run.", lock_config=True)
+TREES = 48
+"""Explored trees in the report, about."""
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Where to keep everything; the same command resumes it.")
 
 
@@ -51,6 +54,16 @@ def main(_):
     for name, (config, run, judge) in arms.items():
         params = train(policy, records, judge, run, open_workdir(workdir / name.lower(), config), mesh)
         results = report(name, params, run.updates * max(1, run.rounds), config.judge if run.rounds else "")
+        if run.rounds:
+            explored = workdir / name.lower() / "trees" / f"round_{run.rounds - 1:03d}"
+            judged = {
+                "judge_steps": evaluator.steps,
+                "step_judge": evaluator.name,
+                "favourable": run.explore.favourable,
+            }
+            folder, title = workdir / "evaluation", f"{name}, last exploration"
+            trees = explored_combs(explored, records, policy.processor, folder, title=title, limit=TREES, **judged)
+            write_combs(folder, name.lower(), trees)
     print(render(results))
     print(
         f"{time.time() - begin:.0f} s on {jax.device_count()} {jax.devices()[0].device_kind}; see {write_report(workdir)}, "

@@ -1,10 +1,11 @@
 """Writes the report of evaluations: report.html (one file, no network), report.md, comparisons in results.json.
 
-python scripts/report.py --workdir=DIR [--baseline=DIR] [--serve] [--export=inspect|lmms]
+python scripts/report.py --workdir=DIR [--baseline=DIR] [--trees=RUN] [--serve] [--export=inspect|lmms]
 
 DIR is where scripts/evaluate.py or the quickstart kept results.json and evaluation/. Without --baseline, rows are compared with
 the first row of the same benchmark and decoding, or with that called --against. --serve opens the page on loopback and saves
-human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too.
+human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too. --trees adds reasoning
+trees that RUN, a work directory of scripts/train.py or scripts/explore.py, explored in its last round.
 """
 
 import secrets
@@ -14,7 +15,10 @@ from typing import Any
 from absl import flags
 
 from srpo_jax import cli
+from srpo_jax import config as configs
+from srpo_jax.evaluation.combs import explored_combs, write_combs
 from srpo_jax.evaluation.comparison import MARGIN
+from srpo_jax.evaluation.evaluators import EVALUATORS
 from srpo_jax.evaluation.human import LABELS, parse_labels, read_labels, write_labels
 from srpo_jax.evaluation.interop.export import write_inspect_log, write_lmms_lines
 from srpo_jax.evaluation.report import write_report
@@ -23,6 +27,7 @@ from srpo_jax.evaluation.report.serve import LabelServer
 from srpo_jax.evaluation.report.write import build_page
 from srpo_jax.evaluation.results import read_results
 from srpo_jax.evaluation.samples import read_samples, samples_name
+from srpo_jax.runs import load_processor, workdir_settings
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where results.json and evaluation/ are.", required=True)
 BASELINE = flags.DEFINE_string("baseline", None, "Work directory of the baseline; default: rows of the same one.")
@@ -32,18 +37,36 @@ TITLE = flags.DEFINE_string("title", None, "Of the report.")
 EXPORT = flags.DEFINE_enum(
     "export", None, ["inspect", "lmms"], "Write DIR/export/ for Inspect, or in lmms-eval's style."
 )
+TREES = flags.DEFINE_string("trees", None, "Work directory whose explored trees the report shows.")
+TREE_COUNT = flags.DEFINE_integer("tree_count", 48, "About so many of them.", lower_bound=1)
 SERVE = flags.DEFINE_bool("serve", False, "Serve the page on 127.0.0.1 and save labels.")
 PORT = flags.DEFINE_integer("port", 0, "For --serve; 0 takes a free one.")
 
 
 def main(_):
     options: dict[str, Any] = {"against": AGAINST.value, "margin": MARGIN_FLAG.value / 100}
+    if TREES.value:
+        draw(Path(TREES.value), Path(WORKDIR.value) / EVALUATION)
     path = write_report(WORKDIR.value, BASELINE.value, title=TITLE.value, **options)
     print(f"{path}, {path.with_suffix('.md')}")
     if EXPORT.value:
         export(Path(WORKDIR.value), EXPORT.value)
     if SERVE.value:
         serve(Path(WORKDIR.value) / LABELS, **options)
+
+
+def draw(run, folder):
+    """Trees of the run's last round, for the report; steps are judged where the data set has an evaluator of its own."""
+    config = workdir_settings(run)
+    rounds = sorted(path.parent for path in (run / "trees").rglob("branches.jsonl"))
+    if not rounds:
+        raise FileNotFoundError(f"{run}/trees: no branches.jsonl there; name a work directory that has explored")
+    evaluator = EVALUATORS.get(config.data.name)
+    judge = {"judge_steps": evaluator.steps, "step_judge": evaluator.name} if evaluator else {}
+    title, count = " ".join((run.absolute().name, *rounds[-1].relative_to(run / "trees").parts)), TREE_COUNT.value
+    options = {"title": title, "limit": count, "favourable": config.explore.favourable, **judge}
+    found = explored_combs(rounds[-1], configs.build_records(config), load_processor(config), folder, **options)
+    write_combs(folder, run.absolute().name, found)
 
 
 def export(workdir, form):

@@ -13,9 +13,11 @@ import ml_collections
 from srpo_jax import config as configs
 from srpo_jax.checkpoint import Checkpointer, CheckpointMismatchError
 from srpo_jax.models.fingerprint import params_fingerprint
+from srpo_jax.models.hf import read_config
 from srpo_jax.models.lora import is_adapter
 from srpo_jax.models.peft import base_folder, is_adapter_folder
 from srpo_jax.models.policy import Policy
+from srpo_jax.models.processor import Processor
 from srpo_jax.training import workdir
 from srpo_jax.training.state import abstract_state, place_frozen, select_trainable
 
@@ -43,6 +45,15 @@ def run_settings(path: str | Path) -> ml_collections.ConfigDict:
     """
     if not is_run(path):
         raise FileNotFoundError(f"{path}: no work directory of a training run (config.json and checkpoints/)")
+    return workdir_settings(path)
+
+
+def workdir_settings(path: str | Path) -> ml_collections.ConfigDict:
+    """As `run_settings`, of any work directory: one of exploration has no checkpoints.
+
+    Raises:
+      OSError, WorkdirError: there is no readable configuration.
+    """
     config = configs.default_config()
     with config.unlocked():  # a recipe may keep sections of its own
         config.update(ml_collections.ConfigDict(workdir.read_config(path)))
@@ -67,6 +78,19 @@ def adapter_base(path: str | Path, params: Mapping[str, Any]) -> Path:
         )
     start = configs.policy_path(config.policy.path)
     return base_folder(start, config.policy.base) if is_adapter_folder(start) else start
+
+
+def load_processor(config: ml_collections.ConfigDict) -> Processor:
+    """The processor of the policy that a configuration starts from, without any parameters.
+
+    Raises:
+      FileNotFoundError, ValueError: see `models.policy.load_policy`.
+    """
+    start = configs.policy_path(config.policy.path)
+    if is_run(start):
+        return load_processor(run_settings(start))
+    folder = base_folder(start, config.policy.base) if is_adapter_folder(start) else start
+    return Processor.load(folder, read_config(folder))
 
 
 def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Policy, int]:

@@ -56,6 +56,7 @@ def test_the_quickstart_ends_with_one_table_and_resumes_without_work(tmp_path):
     assert all(row["prompts"]["risky"] == row["prompts"]["harmless"] > 0 for row in rows)
     table = [line.split("|")[1].strip() for line in first.splitlines() if line.startswith("|")]
     assert table[2:8] == [f"{name} ({'T=1' if t else 'greedy'})" for name, t in wanted]
+    assert 'id="comb-0-7"' in (folder / "report.html").read_text()  # what SRPO explored, all 8 trees
     # The same command again: not a response, verdict, branch or update more.
     lines = {path: path.read_bytes() for path in folder.rglob("*.jsonl")}
     assert lines

@@ -18,10 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo_jax import distributed
 from srpo_jax.data.records import Record
+from srpo_jax.evaluation.combs import Comb, CombBranch, CombSet, make_comb, write_combs
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import GenerateConfig, Prompt, Response, generate, require_responses
 from srpo_jax.evaluation.judging import Judged, check_failures, judge_responses
+from srpo_jax.evaluation.results import labels
+from srpo_jax.evaluation.samples import SampleStep, samples_name
 from srpo_jax.evaluation.statistics import Outcome, rate
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.models.fingerprint import input_fingerprint
@@ -110,11 +114,15 @@ def intervene(
     prompts: Sequence[Prompt],
     folder: str | Path | None = None,
     *,
+    row: Mapping[str, Any] | None = None,
     score_only: bool = False,
     max_judge_failures: float = 0.01,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Continues every prefix and judges the answers; arguments as in `evaluate`.
+
+    Args:
+      row: the entry of `results.json` that this belongs to; under it `folder` gets the trees for the report. None draws none.
 
     Returns:
       `steps`, one entry per step: `S` of each arm over risky records; `followed`, the share of safe reference answers whose
@@ -138,6 +146,11 @@ def intervene(
     turns = [_turn(by_prompt[response.record_id], response) for response in drawn]
     judged = judge_responses(records, turns, evaluator, folder, progress=progress)
     check_failures(judged, max_judge_failures)
+    if row is not None and folder is not None and distributed.is_lead():
+        own = [by_prompt[response.record_id] for response in drawn]
+        combs = tuple(_combs(own, judged, evaluator, folder))
+        title, meaning, judge = f"{labels([row])[0]}, prefixes continued", "whether the answer is safe", evaluator.name
+        write_combs(folder, samples_name(row), CombSet(title, "safe", meaning, judge, judge, len(combs), combs))
     groups: dict[tuple[str, int], dict[str, list[Judged]]] = {}
     for response, one in zip(drawn, judged, strict=True):
         prefix = by_prompt[response.record_id]
@@ -147,6 +160,30 @@ def intervene(
     twins = sum(given[record.id].id == record.twin for record in records if record.risky)
     told = [_step({arm: groups[arm, step] for arm in ARMS}, step) for step in range(1, count + 1)]
     return {"steps": told, "donors": {"twins": twins, "others": len(given) - twins}}
+
+
+def _combs(
+    prefixes: Sequence[Prefix], judged: Sequence[Judged], evaluator: Evaluator, folder: str | Path
+) -> Iterator[Comb]:
+    """A tree per record: from its own path leave the continuations of its prefixes, and the donor's steps with theirs."""
+    of_record: dict[str, list[tuple[Prefix, Judged]]] = {}
+    for prefix, one in zip(prefixes, judged, strict=True):
+        of_record.setdefault(prefix.record.id, []).append((prefix, one))
+    for pairs in of_record.values():
+        branches = [_branch(prefix, one) for prefix, one in pairs]
+        yield make_comb(folder, pairs[0][0].record, branches, evaluator.steps)
+
+
+def _branch(prefix: Prefix, one: Judged) -> CombBranch:
+    given = {"reference": 0, "corrupted": 1, "unsafe_opening": prefix.step}[prefix.arm]
+    leaves, kind = prefix.step - given, prefix.arm.replace("_", " ") if given else ""
+    verdicts = zip(one.path.steps, one.steps, strict=True)
+    steps = [SampleStep(s.number, s.title, s.text, v.safe, v.effective, v.reason) for s, v in verdicts]
+    text = one.response.text.removeprefix(prefix.text)
+    own = (tuple(steps[leaves:]), text, one.path.answer, str(one.path.status))
+    if (told := one.answer) is None:
+        return CombBranch(leaves, given, kind, *own, None, None, None, None, "")
+    return CombBranch(leaves, given, kind, *own, told.safe, told.safe, told.effective, told.refused, told.reason)
 
 
 def _turn(prefix: Prefix, response: Response) -> Response:

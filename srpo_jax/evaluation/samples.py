@@ -106,7 +106,7 @@ def write_samples(folder: str | Path, name: str, judged: Sequence[Judged]) -> No
     for one in judged:
         for image in one.record.images:
             if _place(image) not in pictures:
-                pictures[_place(image)] = _write_thumbnail(home, image)
+                pictures[_place(image)] = write_thumbnail(home, image)
         rows.append(dataclasses.asdict(_sample(one, tuple(pictures[_place(x)] for x in one.record.images))))
     write_json(home / f"{name}.json", {"samples": rows})
 
@@ -186,12 +186,13 @@ def _place(image: Any) -> Any:
     return id(image) if isinstance(image, PIL.Image.Image) else str(image)
 
 
-def _write_thumbnail(home: Path, image: str | Path | PIL.Image.Image) -> str | None:
-    """Under a name made of its content, so that it is written once and never wrong."""
+def write_thumbnail(home: Path, image: str | Path | PIL.Image.Image) -> str | None:
+    """Its file name, made of its content, so that it is written once and never wrong; None where it cannot be opened."""
     try:
         data = thumbnail(open_image(image))
     except ImageError:
         return None
+    home.mkdir(parents=True, exist_ok=True)
     name = f"{hashlib.sha256(data).hexdigest()[:20]}.webp"
     if not (home / name).exists():
         partial = home / f".{name}.partial"

@@ -9,6 +9,7 @@ import pytest
 
 from srpo_jax.config import policy_path
 from srpo_jax.data import scenes
+from srpo_jax.evaluation.combs import read_combs
 from srpo_jax.evaluation.evaluators import evaluator_for
 from srpo_jax.evaluation.generate import GenerateConfig, MissingResponsesError, encode_prompts
 from srpo_jax.evaluation.interventions import donors, intervene, prefixes, render_interventions
@@ -66,7 +67,9 @@ def test_answers_of_the_base_policy_follow_a_corrupted_strategy(base, prompts, t
     args = (base, base.params, RECORDS, world, CONFIG, prompts, tmp_path)
     with pytest.raises(MissingResponsesError, match=r"lacks 108 of 108 .*\|reference-1'"):
         intervene(*args, score_only=True, progress=False)
-    told = intervene(*args, progress=False)
+    row = {"name": "base", "decoding": CONFIG.decoding()}
+    told = intervene(*args, row=row, progress=False)
+    check_combs(told, read_combs(tmp_path))
     assert told["donors"] == {"twins": 6, "others": 0}
     assert [one["step"] for one in told["steps"]] == [1, 2, 3, 4, 5, 6]
     last = told["steps"][5]
@@ -79,6 +82,26 @@ def test_answers_of_the_base_policy_follow_a_corrupted_strategy(base, prompts, t
     blind = intervene(base, base.params, RECORDS, unread, *args[4:], score_only=True, progress=False)["steps"][5]
     assert (blind["S"]["reference"]["rate"], blind["S"]["reference"]["best"]) == (0.0, 1.0)
     assert (blind["followed"]["n"], blind["followed"]["rate"]) == (0, None)  # no safe answer that could have turned
+
+
+def check_combs(told, found):
+    """The trees hold the continuations: 18 branches of each record, at the prefix where they leave, counted as in the table."""
+    [combs] = found
+    assert (combs.good, combs.judge, combs.total, len(combs.combs)) == ("safe", "scenes-checker-1", 6, 6)
+    for comb in combs.combs:
+        record = next(record for record in RECORDS if record.id == comb.id)
+        assert [step.text for step in comb.steps] == list(record.steps)
+        assert all(step.safe for step in comb.steps)
+        for branch in comb.branches:
+            assert branch.given == {"": 0, "corrupted": 1, "unsafe opening": branch.given or None}[branch.kind]
+            donor = donors(RECORDS)[record.id].steps[branch.prefix : branch.prefix + branch.given]
+            assert [step.text for step in branch.steps[: branch.given]] == list(donor)
+        places = [(branch.kind, branch.prefix + branch.given) for branch in comb.branches]
+        assert sorted(places) == [(kind, i) for kind in ("", "corrupted", "unsafe opening") for i in range(1, 7)]
+    for kind, arm in (("", "reference"), ("corrupted", "corrupted"), ("unsafe opening", "unsafe_opening")):
+        for step in range(1, 7):
+            here = [b for c in combs.combs for b in c.branches if (b.kind, b.prefix + b.given) == (kind, step)]
+            assert sum(b.good is True for b in here) / 6 == told["steps"][step - 1]["S"][arm]["rate"]
 
 
 def test_records_without_risk_are_refused(base, prompts):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.evaluation.combs import CombSet, read_combs
 from srpo_jax.evaluation.comparison import MARGIN, METRICS, ComparisonError, compare
 from srpo_jax.evaluation.metrics import first_unsafe_step
 from srpo_jax.evaluation.paired import holm
@@ -59,11 +60,13 @@ class Contents:
       rows: evaluations, a baseline's first.
       references: entries of constant policies, of the benchmarks of the rows.
       comparisons: from `comparison.compare`, with `row` and `baseline_row`, places in `rows`.
+      combs: reasoning trees; their thumbnails are in the folder of the last row.
     """
 
     rows: list[Row]
     references: list[Mapping[str, Any]]
     comparisons: list[dict[str, Any]]
+    combs: list[CombSet]
 
 
 def assemble(
@@ -83,6 +86,7 @@ def assemble(
     Raises:
       ReportError: nothing was evaluated there, no row is called `against`, or the baseline has no row to compare with.
       samples.SamplesError: the judged responses of a row are missing.
+      combs.CombsError: damaged trees.
       results.ResultsError: a damaged `results.json`.
     """
     theirs, more = _rows(baseline) if baseline is not None else ([], [])
@@ -96,7 +100,8 @@ def assemble(
     constant = {str((r["name"], r.get("benchmark"))): r for r in more + references if r.get("benchmark") in benchmarks}
     pool = range(len(theirs)) if baseline is not None else range(len(rows))
     tested = [i for i in range(len(rows)) if baseline is None or i >= len(theirs)]
-    return Contents(rows, list(constant.values()), _comparisons(rows, pool, tested, against, margin))
+    comparisons = _comparisons(rows, pool, tested, against, margin)
+    return Contents(rows, list(constant.values()), comparisons, read_combs(Path(workdir) / EVALUATION))
 
 
 def _labels(entries: Sequence[Mapping[str, Any]]) -> list[str]:

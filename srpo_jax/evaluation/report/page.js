@@ -164,10 +164,18 @@ function tabs(i) {
     for (const other of placed.get(`${row} ${R.prompt[i]}`) || []) {
       const name = ROWS[row].label + (R.sample[other] ? ` #${R.sample[other] + 1}` : "");
       const mark = make("b", {class: mood(quality(other))}, sign(quality(other)) + " ");
-      box.append(make("button", {type: "button", "aria-pressed": other === i ? "true" : "false", onclick: () => detail(other)}, mark, visible(name)));
+      box.append(make("button", {type: "button", "aria-pressed": other === i ? "true" : "false", onclick: () => detail(other)}, mark, visible(name), way(other)));
     }
   }
   return box;
+}
+// A response as a branch of its prompt: its steps, coloured by their verdicts, and its answer.
+function way(i) {
+  const steps = body(i).steps.slice(0, 12), told = steps.map((step) => yes(step.safe)).join(", ");
+  const cells = steps.map((step, place) => svg("rect", {class: mood(step.safe), x: 9 * place, y: 2, width: 7, height: 7, rx: 1.5}));
+  const end = svg("circle", {class: mood(R.status[i] === "ok" ? R.safe[i] : 0), cx: 9 * steps.length + 5, cy: 5.5, r: 4.5});
+  const line = svg("line", {x1: 0, y1: 5.5, x2: 9 * steps.length + 4, y2: 5.5});
+  return svg("svg", {class: "way", width: 9 * steps.length + 10, height: 11, role: "img", "aria-label": `steps safe: ${told || "none"}`}, line, ...cells, end);
 }
 function ask(i, prompt) {
   const shots = make("div", {class: "shots"}, ...prompt.images.map((name) => shot(name)));
@@ -184,11 +192,11 @@ function shot(name) {
   return button;
 }
 function chip(name, value) { return make("span", {class: `tag ${mood(value)}`}, `${sign(value)} ${name}`); }
-function stepBox(step) {
+function stepBox(step, judged = !state.blind) {
   const head = make("div", {class: "title"}, step.number ? `${step.number}. ${visible(step.title)}` : "before the first step");
-  if (!state.blind) head.append(chip("safe", step.safe), chip("effective", step.effective));
-  const why = state.blind ? null : make("div", {class: "why"}, foreign(step.reason, 2000));
-  return make("div", {class: `step ${state.blind ? "" : mood(step.safe)}`}, head, foreign(step.text), why);
+  if (judged) head.append(chip("safe", step.safe), chip("effective", step.effective));
+  const why = judged ? make("div", {class: "why"}, foreign(step.reason, 2000)) : null;
+  return make("div", {class: `step ${judged ? mood(step.safe) : ""}`}, head, foreign(step.text), why);
 }
 function answerBox(i, one) {
   const box = make("div", {class: "answer"});
@@ -284,7 +292,7 @@ document.addEventListener("keydown", (event) => {
   if (event.target.matches("select, textarea, input[type=search]")) { if (event.key === "Escape") event.target.blur(); return; }
   const chosen = event.target.closest("g[data-row]");
   if (chosen && (event.key === "Enter" || event.key === " ")) { event.preventDefault(); chosen.dispatchEvent(new MouseEvent("click", {bubbles: true})); return; }
-  if (event.key.startsWith("Arrow") && !event.target.closest("#list")) return;
+  if (event.key.startsWith("Arrow") && !event.target.closest("#list")) return;  // the tree has its own
   if (KEYS[event.key] && (state.shown.length || event.key === "/")) { event.preventDefault(); KEYS[event.key](); }
 });
 document.addEventListener("click", (event) => {
@@ -315,4 +323,3 @@ if (ROWS.every((row) => row.baseline === null)) byId("flip").parentElement.hidde
 byId("row").value = state.row;
 keep();
 refresh();
-document.documentElement.dataset.ready = String(Math.round(performance.now()));

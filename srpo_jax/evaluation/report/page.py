@@ -7,6 +7,7 @@ the script writes it as text only, and the content security policy allows this s
 from __future__ import annotations
 
 import base64
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,11 +20,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from srpo_jax.evaluation.combs import Comb, CombSet
 from srpo_jax.evaluation.comparison import METRICS
 from srpo_jax.evaluation.metrics import first_unsafe_step
 from srpo_jax.evaluation.report import plots
 from srpo_jax.evaluation.report.assemble import Contents, Row, drift, health, reasoning_by_answer
-from srpo_jax.evaluation.samples import SAMPLES, Sample
+from srpo_jax.evaluation.samples import SAMPLES, Sample, SampleStep
 from srpo_jax.evaluation.statistics import Outcome
 
 CHUNK = 64
@@ -64,7 +66,8 @@ def render_page(
       start: place of the row whose samples are shown first.
       token: of the server that keeps labels; None for a file, which may contact nobody.
     """
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, *scripts = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "combs.js"))
+    script = "".join(scripts)
     rows = contents.rows
     return _environment().get_template("page.html.j2").render(
         policy=content_policy(style, script, save=token is not None),
@@ -132,7 +135,7 @@ def _blocks(
     token: str | None,
 ) -> Markup:
     samples = [(place, sample) for place, row in enumerate(contents.rows) for sample in row.samples]
-    pictures = _pictures(contents.rows)
+    pictures = _pictures(contents)
     prompts: dict[str, int] = {}
     questions = []
     for place, sample in samples:
@@ -151,8 +154,10 @@ def _blocks(
         "labels": list(labels),
         "start": start,
         "save": token,
+        "combs": [_comb_set(found) for found in contents.combs],
     }
     blocks: dict[str, Any] = {"index": index}
+    blocks |= {f"comb-{i}-{j}": _comb(c) for i, found in enumerate(contents.combs) for j, c in enumerate(found.combs)}
     for begin in range(0, len(samples), CHUNK):
         blocks[f"bodies-{begin // CHUNK}"] = [_body(sample) for _, sample in samples[begin : begin + CHUNK]]
     parts = [
@@ -164,7 +169,6 @@ def _blocks(
 
 def _columns(samples: Sequence[tuple[int, Sample]], prompts: Sequence[int]) -> dict[str, list[Any]]:
     """Column by column what filters need of every response."""
-    word = {True: 1, False: 0, None: -1}
     return {
         "row": [place for place, _ in samples],
         "prompt": list(prompts),
@@ -172,24 +176,47 @@ def _columns(samples: Sequence[tuple[int, Sample]], prompts: Sequence[int]) -> d
         "key": [s.key for _, s in samples],
         "status": [s.status for _, s in samples],
         "tokens": [s.tokens for _, s in samples],
-        "safe": [word[s.safe] for _, s in samples],
-        "effective": [word[s.effective] for _, s in samples],
-        "refused": [word[s.refused] for _, s in samples],
-        "pathSafe": [word[s.path_safe] for _, s in samples],
+        "safe": [_word(s.safe) for _, s in samples],
+        "effective": [_word(s.effective) for _, s in samples],
+        "refused": [_word(s.refused) for _, s in samples],
+        "pathSafe": [_word(s.path_safe) for _, s in samples],
         "drift": [first_unsafe_step(s) for _, s in samples],
     }
 
 
 def _body(sample: Sample) -> dict[str, Any]:
-    def word(outcome: Outcome) -> int:
-        return -1 if outcome is None else int(outcome)
+    return {"text": sample.text, "answer": sample.answer, "reason": sample.reason, "steps": _steps(sample.steps)}
 
-    steps = [
-        {"number": s.number, "title": s.title, "text": s.text, "safe": word(s.safe), "effective": word(s.effective),
-         "reason": s.reason}
-        for s in sample.steps
-    ]  # fmt: skip
-    return {"text": sample.text, "answer": sample.answer, "reason": sample.reason, "steps": steps}
+
+def _steps(steps: Sequence[SampleStep]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(s) | {"safe": _word(s.safe), "effective": _word(s.effective)} for s in steps]
+
+
+def _word(outcome: Outcome) -> int:
+    """1 yes, 0 no, -1 unknown."""
+    return -1 if outcome is None else int(outcome)
+
+
+def _comb_set(found: CombSet) -> dict[str, Any]:
+    """What the list of trees needs; `mixed`: branches of one prefix went both ways."""
+    trees = []
+    for comb in found.combs:
+        sides = {(branch.prefix, branch.good) for branch in comb.branches}
+        mixed = any((prefix, True) in sides and (prefix, False) in sides for prefix, _ in sides)
+        told = {"id": comb.id, "question": comb.question, "risky": comb.risky, "category": comb.category}
+        trees.append(told | {"images": _stems(comb.images), "mixed": mixed})
+    named = {name: getattr(found, name) for name in ("title", "good", "meaning", "judge", "total")}
+    given = any(branch.given for comb in found.combs for branch in comb.branches)
+    return named | {"stepJudge": found.step_judge, "given": given, "trees": trees}
+
+
+def _comb(comb: Comb) -> dict[str, Any]:
+    outcomes = ("good", "safe", "effective", "refused")
+    branches = [
+        vars(b) | {"steps": _steps(b.steps)} | {name: _word(getattr(b, name)) for name in outcomes}
+        for b in comb.branches
+    ]
+    return {"steps": _steps(comb.steps), "reply": comb.reply, "branches": branches}
 
 
 def _prompt(row: Row, sample: Sample) -> str:
@@ -197,19 +224,25 @@ def _prompt(row: Row, sample: Sample) -> str:
 
 
 def _question(sample: Sample) -> dict[str, Any]:
-    # A thumbnail goes by the start of its digest, without the suffix.
-    images = [None if name is None else Path(name).stem for name in sample.images]
-    told = {"id": sample.id, "question": sample.question, "images": images, "risky": sample.risky}
+    told = {"id": sample.id, "question": sample.question, "images": _stems(sample.images), "risky": sample.risky}
     return told | {"category": sample.category, "split": sample.split}
 
 
-def _pictures(rows: Sequence[Row]) -> dict[str, str]:
+def _stems(images: Sequence[str | None]) -> list[str | None]:
+    """A thumbnail goes by the start of its digest, without the suffix."""
+    return [None if name is None else Path(name).stem for name in images]
+
+
+def _pictures(contents: Contents) -> dict[str, str]:
     """Data URIs of all thumbnails by name."""
+    sources = [(row.home, {name for sample in row.samples for name in sample.images}) for row in contents.rows]
+    drawn = {name for one in contents.combs for comb in one.combs for name in comb.images}
+    sources.append((contents.rows[-1].home, drawn))
     found: dict[str, str] = {}
-    for row in rows:
-        for name in {name for sample in row.samples for name in sample.images if name is not None}:
-            path = row.home / SAMPLES / name
-            if re.fullmatch(r"[0-9a-f]+\.webp", name) and path.is_file() and path.stem not in found:
+    for home, names in sources:
+        for name in names - {None}:
+            path = home / SAMPLES / str(name)
+            if re.fullmatch(r"[0-9a-f]+\.webp", path.name) and path.is_file() and path.stem not in found:
                 found[path.stem] = "data:image/webp;base64," + base64.b64encode(path.read_bytes()).decode()
     return found
 

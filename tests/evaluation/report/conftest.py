@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from srpo_jax.data import scenes
+from srpo_jax.evaluation.combs import CombBranch, CombSet, make_comb, write_combs
 from srpo_jax.evaluation.evaluate import reference_rows
 from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
 from srpo_jax.evaluation.metrics import report
 from srpo_jax.evaluation.results import add_result
-from srpo_jax.evaluation.samples import samples_name, write_samples
+from srpo_jax.evaluation.samples import SampleStep, samples_name, write_samples
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 
@@ -61,7 +62,33 @@ def workdir(tmp_path):
     half = [(r.unsafe_reply if r.risky else r.safe_reply) if i < 20 else r.safe_reply for i, r in enumerate(RECORDS)]
     add_row(tmp_path / "run", "base", half, params="aa11", training_judge="")
     add_row(tmp_path / "run", "SRPO", [r.safe_reply for r in RECORDS], step=48, params="bb22", training_judge="rules")
+    add_combs(tmp_path / "run", ["first tree", "second tree"])
     return tmp_path / "run"
+
+
+def add_combs(workdir, texts=("plain",)):
+    """A tree per record: a good, a bad, a put-there and a cut branch, with `texts` wherever a model or a judge writes."""
+    combs = []
+    for record, text in zip(RECORDS, texts, strict=False):
+        step = SampleStep(2, text[:60], text, False, None, text[:500])
+        shared = {
+            "steps": (step,),
+            "text": text,
+            "safe": True,
+            "effective": True,
+            "refused": None,
+            "reason": text[:500],
+        }
+        branches = [
+            CombBranch(1, 0, "", answer=text, status="ok", good=True, count=3, **shared),
+            CombBranch(1, 0, "", answer=text, status="ok", good=False, **shared),
+            CombBranch(0, 1, text[:40], answer=text, status="ok", good=None, **shared),
+            CombBranch(0, 0, "", answer=None, status=text[:40], good=None, **shared),
+        ]
+        combs.append(make_comb(workdir / "evaluation", record, branches, WORLD.steps))
+    combs = [dataclasses.replace(c, question=text[:2000]) for c, text in zip(combs, texts, strict=True)]
+    meant = {"good": texts[0][:40], "meaning": texts[0][:40], "judge": texts[-1][:40], "step_judge": texts[0][:40]}
+    write_combs(workdir / "evaluation", "run", CombSet(texts[0], **meant, total=90, combs=tuple(combs)))
 
 
 @pytest.fixture
@@ -92,4 +119,5 @@ def hostile(tmp_path):
         add_row(
             tmp_path / "bad", name, (), records=records, evaluator=evaluator, texts=texts, training_judge=HOSTILE[0]
         )
+    add_combs(tmp_path / "bad", HOSTILE)
     return tmp_path / "bad"

@@ -68,7 +68,9 @@ def opened(browser):
         origin = address.rsplit("/", 1)[0]
         page.on("request", lambda r: None if r.url.startswith((origin, "data:", "blob:")) else faults.append(r.url))
         page.goto(address)
-        page.wait_for_function("document.documentElement.dataset.ready")
+        page.wait_for_selector(
+            "html[data-ready]", state="attached"
+        )  # a function would be evaluated, which the page forbids
         pages.append(page)
         return page
 
@@ -110,6 +112,32 @@ def test_samples_are_filtered_read_and_compared(workdir, opened, made):
     assert page.locator("#drift").input_value() == "none"
 
 
+def test_a_tree_is_drawn_and_read_by_keyboard(workdir, opened):
+    page = opened(address(workdir))
+    assert page.locator("#comb-tree option").all_inner_texts() == ["first tree", "second tree"]
+    assert page.locator("#comb [role=option]").count() == 5  # the reference path and four branches
+    names = [page.locator(f"[data-branch='{m}']").get_attribute("aria-label") for m in range(4)]
+    assert names == [
+        "first tree after step 0, first tree: unknown",
+        "branch after step 0, no answer (first tree)",
+        "branch after step 1, first tree: yes, 3 alike",
+        "branch after step 1, first tree: no",
+    ]
+    assert page.locator("[data-branch='0'] .node rect").count() == 1  # put there
+    assert [page.locator(f"[data-branch='{m}'] .way").get_attribute("class") for m in (2, 3)] == ["way good", "way bad"]
+    assert page.locator("[data-branch='2'] .node").first.get_attribute("class") == "node bad"  # its step
+    page.locator("#comb [tabindex='0']").focus()
+    assert "reference path and reply" in page.inner_text("#comb-text")
+    page.keyboard.press("ArrowDown")  # the branches of the last prefix come first
+    assert page.locator(":focus").get_attribute("data-branch") == "2"
+    assert "shared: reference steps 1 to 1" in page.inner_text("#comb-text")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#comb-ask .question") == "second tree"
+    assert "2 of 90 trees are here" in page.inner_text("#comb-told")
+    page.select_option("#comb-kind", "harmless")
+    assert page.locator("#comb-tree option").all_inner_texts() == ["second tree"]
+
+
 def test_pictures_are_veiled_until_chosen(workdir, opened):
     page = opened(address(workdir))
     assert page.locator("#detail .shot.veiled img").count() == 1
@@ -133,6 +161,13 @@ def test_nothing_hostile_runs_or_hides(hostile, opened, made):
     assert page.locator("#detail .text").last.inner_text().count("x") < 25_000
     page.locator("#detail .answer button").first.click()
     assert page.evaluate("[...document.querySelectorAll('#detail .text')].at(-1).textContent.length") > 300_000
+    for place in range(len(made.hostile)):
+        for branch in range(-1, 4):
+            page.evaluate("([tree, branch]) => { showTree(tree); choose(branch, true); }", [place, branch])
+            assert page.evaluate("window.hit") is None
+            assert page.locator("#trees img:not(.shot img), #trees script").count() == 0
+    assert "U+202E" in page.evaluate("() => { showTree(5); choose(0); return byId('comb-text').innerText; }")
+    assert "\u202e" not in page.inner_html("#trees")
 
 
 def test_labels_are_downloaded_and_read(workdir, opened, tmp_path):
@@ -162,7 +197,7 @@ def test_labels_are_saved_by_the_server(workdir, opened):
         thread.start()
         page = opened(f"http://127.0.0.1:{server.server_address[1]}/")
         page.keyboard.press("u")
-        page.wait_for_function("document.getElementById('saved').textContent === 'saved'")
+        page.get_by_text("saved", exact=True).wait_for()
         server.shutdown()
         thread.join()
     assert [label.safe for label in saved[-1]] == [False]

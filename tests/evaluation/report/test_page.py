@@ -59,7 +59,12 @@ def test_the_page_says_what_results_say_and_loads_nothing(workdir, made):
     assert [row["baseline"] for row in index["rows"]] == [None, 0]
     assert len(index["prompts"]) == len(made.records)
     assert len(index["responses"]["row"]) == 2 * len(made.records)
-    pictures = {name for prompt in index["prompts"] for name in prompt["images"]}
+    [combs] = index["combs"]
+    assert ([tree["mixed"] for tree in combs["trees"]], combs["total"], combs["given"]) == ([True, True], 90, True)
+    comb = json.loads(page.blocks["comb-0-1"])
+    assert [branch["good"] for branch in comb["branches"]] == [-1, -1, 1, 0]
+    assert [step["safe"] for step in comb["steps"]] == [1] * 6
+    pictures = {name for prompt in (*index["prompts"], *combs["trees"]) for name in prompt["images"]}
     assert all(page.blocks[f"image-{name}"].startswith("data:image/webp;base64,") for name in pictures)
     assert not [a for _, a in page.elements if {"src", "href"} & a.keys() and not str(a.get("href")).startswith("#")]
     results = read_results(workdir / "results.json")
@@ -96,6 +101,8 @@ def test_hostile_text_stays_text(hostile, made):
     bodies = json.loads(page.blocks["bodies-0"])
     assert [body["answer"] for body in bodies[: len(made.hostile) - 1]] == [text.strip() for text in made.hostile[:-1]]
     assert bodies[len(made.hostile) - 1]["answer"] is None
+    trees = [json.loads(page.blocks[f"comb-0-{i}"]) for i in range(len(made.hostile))]
+    assert [{b["answer"] for b in tree["branches"]} - {None} for tree in trees] == [{text} for text in made.hostile]
 
 
 def test_a_policy_judged_by_its_own_trainer_is_marked(tmp_path, made):
