@@ -4,8 +4,8 @@ python scripts/report.py --workdir=DIR [--baseline=DIR] [--trees=RUN] [--serve] 
 
 DIR is where scripts/evaluate.py or the quickstart kept results.json and evaluation/. Without --baseline, rows are compared with
 the first row of the same benchmark and decoding, or with that called --against. --serve opens the page on loopback and saves
-human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too. --trees adds reasoning
-trees that RUN, a work directory of scripts/train.py or scripts/explore.py, explored in its last round.
+human labels to DIR/labels.json as they are made; labels that were downloaded from the page belong there, too. --trees adds
+reasoning trees that RUN, a work directory of scripts/train.py or scripts/explore.py, explored in its last round.
 """
 
 import secrets
