@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
@@ -16,6 +16,8 @@ from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.benchmarks.benchmark import Benchmark
 from srpo_jax.evaluation.benchmarks.registry import BENCHMARKS, RSBENCH, resolve
 from srpo_jax.evaluation.evaluators import Evaluator
+
+Q = TypeVar("Q", bound=Question)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +135,7 @@ def parse_share(flag: str, text: str) -> float:
     return share
 
 
-def take(questions: Sequence[Question], limit: int | None) -> Sequence[Question]:
+def take(questions: Sequence[Q], limit: int | None) -> Sequence[Q]:
     """About `limit` questions in their order: whole clusters, chosen by a digest of their name rather than from the front.
 
     Clusters are taken while they fit; at least one is.
