@@ -214,10 +214,14 @@ class Store:
         if self._file is not None:
             self._file.append(line)
 
+    def sync(self) -> None:
+        """Waits until what was appended is on the disk; see `JsonLines.sync`."""
+        if self._file is not None:
+            self._file.sync()
+
     def share(self) -> list[dict[str, Any]]:
         """Waits until every process is done with appending and reads what all have written."""
-        if self._file is not None:
-            self._file.sync()  # network file systems show other hosts what was written out
+        self.sync()  # network file systems show other hosts what was written out
         distributed.barrier()
         if self._path is not None:
             self.lines = read_family(self._path)
