@@ -3,9 +3,9 @@
 python scripts/review.py --data=DIR/candidates.jsonl --folder=REVIEW --reviewer=anna [--reviewer=boris] [--adjudicator=chris]
 python scripts/review.py --data=DIR/candidates.jsonl --folder=REVIEW --export=REVIEWED
 
-The first command prints a link for each person and serves the page on loopback until Ctrl-C; everything is on the disk before the
-page says "saved", so the same command goes on wherever it was ended. The second writes records.jsonl with images, the audit trail
-and a summary to the new folder REVIEWED. docs/data.md tells the rules.
+The first command prints a link for each person and serves the page on loopback until Ctrl-C; everything is on the disk before
+the page says "saved", so the same command goes on wherever it was ended. The second writes records.jsonl with images, the audit
+trail and a summary to the new folder REVIEWED. docs/data.md tells the rules.
 """
 
 import json
@@ -26,7 +26,9 @@ FOLDER = flags.DEFINE_string("folder", None, "Where the review's log is kept.", 
 REVIEWER = flags.DEFINE_multi_string("reviewer", [], "Name of a reviewer; give several for several people.")
 ADJUDICATOR = flags.DEFINE_multi_string("adjudicator", [], "Name of who decides where two reviewers differ.")
 TWICE = flags.DEFINE_bool("twice", False, "Every record takes two reviewers, not only those of contested categories.")
-EXPORT = flags.DEFINE_string("export", None, "Write the reviewed data set to this new folder instead of serving the page.")
+EXPORT = flags.DEFINE_string(
+    "export", None, "Write the reviewed data set to this new folder instead of serving the page."
+)
 PORT = flags.DEFINE_integer("port", 8707, "Of the page, on 127.0.0.1; 0 takes a free one.")
 
 
@@ -52,7 +54,9 @@ def serve(review):
         try:
             listening.bind(("127.0.0.1", PORT.value))
         except OSError as error:
-            raise SystemExit(f"port {PORT.value} cannot be had ({error.strerror}); choose another with --port") from None
+            raise SystemExit(
+                f"port {PORT.value} cannot be had ({error.strerror}); choose another with --port"
+            ) from None
         listening.listen()  # who opens a link at once has to wait, and is not refused
         port = listening.getsockname()[1]
         for name in people:

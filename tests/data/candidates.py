@@ -13,7 +13,10 @@ from srpo_jax.data.records import Record
 
 
 def write_world(
-    folder: Path, count: int = 12, splits: tuple[str, ...] = ("train",), change: Callable[[dict[str, Any]], None] = lambda _: None
+    folder: Path,
+    count: int = 12,
+    splits: tuple[str, ...] = ("train",),
+    change: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> Path:
     """Writes `count` records of each split, risky ones and their twins in turn, as candidates.jsonl with images/.
 

@@ -20,7 +20,7 @@ CONTESTED = (
     "Discrimination and Stereotypes",
     "Offensive Religious Beliefs",
 )
-"""Categories on which reasonable people differ: two decide without seeing each other's decision, a third where they disagree."""
+"""Categories on which reasonable people differ: two decide blind to each other, a third person where they disagree."""
 
 STEPS = tuple(f"steps.{number}" for number in range(1, len(STEP_TITLES) + 1))
 EDITABLE = ("category", "question", *STEPS, "safe_reply", "unsafe_reply")
@@ -88,7 +88,7 @@ class Outcome:
 def outcome(decisions: Sequence[Decision], needed: int, ruling: Decision | None = None) -> Outcome | None:
     """The outcome of a record; None while decisions are missing or differ.
 
-    Decisions agree if all reject, or if all keep the same text. Where one of those who reject finds the record disturbing, it is.
+    Decisions agree if all reject, or if all keep the same text. A rejected record is disturbing if one of them found it so.
 
     Args:
       decisions: of the reviewers.
@@ -155,9 +155,11 @@ def revised(record: Record, edits: Edits) -> Record:
     Raises:
       RecordError: the result breaks the schema; faults of a step carry the name of its field, such as "steps.3".
     """
-    texts = fields(record) | dict(edits)
+    texts: dict[str, Any] = fields(record) | dict(edits)
     if broken := [name for name, text in texts.items() if text and _SURROGATE.search(text)]:
-        raise RecordError(record.id, [(name, "holds half of a character (a lone surrogate); remove it") for name in broken])
+        raise RecordError(
+            record.id, [(name, "holds half of a character (a lone surrogate); remove it") for name in broken]
+        )
     try:
         return dataclasses.replace(
             record,

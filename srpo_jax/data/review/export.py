@@ -1,9 +1,9 @@
 """The reviewed data set and its audit trail.
 
-    records.jsonl   the records that people kept, as they left them, each with `meta.review`; `load_jsonl` reads it
-    images/         their pictures, byte for byte those that were looked at
-    audit.jsonl     every decision, undo and refused write in order, then each record's outcome; drafts stay in the log
-    summary.json    counts and the reviewers' agreement
+* records.jsonl: the records that people kept, as they left them, each with `meta.review`; `load_jsonl` reads it.
+* images/: their pictures, byte for byte those that were looked at.
+* audit.jsonl: every decision, undo and refused write in order, then each record's outcome; drafts stay in the log.
+* summary.json: counts and the reviewers' agreement.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ def _copy_images(record: Record, found: Outcome, target: Path) -> list[str]:
         path = Path(str(image))
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError(f"record {record.id!r}, image {path} is not the one that was reviewed; restore it, or review again")
+            raise ValueError(
+                f"record {record.id!r}: {path} is not the image that was reviewed; restore it or review again"
+            )
         suffix = path.suffix.lower()
         names.append(f"images/{digest}{suffix if suffix in SUFFIXES else ''}")
         (target / names[-1]).write_bytes(content)
@@ -110,7 +112,12 @@ def _audit(review: Review, folder: str | Path, outcomes: Mapping[int, Outcome]) 
         texts = before.get(event["record"], {})
         event["edits"] = {n: {"before": texts.get(n), "after": a} for n, a in event.get("edits", {}).items()}
     return events + [
-        {"event": "outcome", "record": review.records[index].id, "status": found.status, "adjudicated": found.adjudicated}
+        {
+            "event": "outcome",
+            "record": review.records[index].id,
+            "status": found.status,
+            "adjudicated": found.adjudicated,
+        }
         for index, found in outcomes.items()
     ]
 

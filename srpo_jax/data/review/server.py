@@ -1,9 +1,9 @@
 """The review page on loopback: nobody but the holders of its links is answered, and nothing hostile in a record runs.
 
-Each person has a link with a token of their own, which the page trades for a cookie of its folder (`/name/`), so that two people
-may use one browser. A write needs, beyond the cookie, a token that only the page knows. Requests are answered only under the
-server's own name and port, so that no other site can be made to resolve here. The content security policy allows the page's own
-script and style sheet; pictures are decoded here and sent as new files.
+Each person has a link with a token of their own, which becomes a cookie of their folder (`/name/`), so that two people may use
+one browser. A write needs, beyond the cookie, a token that only the page knows. Requests are answered only under the server's
+own name and port, so that no other site can be made to resolve here. The content security policy allows the page's own script
+and style sheet; pictures are decoded here and sent as new files.
 """
 
 from __future__ import annotations

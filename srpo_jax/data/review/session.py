@@ -62,6 +62,13 @@ class Slate:
     place: int = 0
     aside: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
+    @property
+    def label(self) -> str:
+        """The decision's status, "skipped", "draft" or "" if nobody wrote on it."""
+        if self.decision is not None:
+            return self.decision.status
+        return "skipped" if self.skipped else "draft" if self.version else ""
+
 
 class Review:
     """Records under review. Threads may use it at the same time; one process at a time may write a folder.
@@ -98,9 +105,7 @@ class Review:
         for event in self._log.lines:
             self._replay(event)
 
-    def act(
-        self, index: int, reviewer: str, action: str, *, version: int, edits: Any = None, note: str = ""
-    ) -> Slate:
+    def act(self, index: int, reviewer: str, action: str, *, version: int, edits: Any = None, note: str = "") -> Slate:
         """Writes on a slate.
 
         Args:
@@ -149,7 +154,9 @@ class Review:
         """Raises what speaks against the action."""
         slate, others = self._slate(index, reviewer), self.decided(index, but=reviewer)
         if slate.version and slate.role != self.role(reviewer):
-            raise ReviewError(f"{reviewer} wrote on this record as {slate.role}; it takes another person to be the other")
+            raise ReviewError(
+                f"{reviewer} wrote on this record as {slate.role}; it takes another person to be the other"
+            )
         if action == "draft" and slate.decision is not None:
             raise ReviewError("this record is decided; undo the decision to change it")
         if action == "undo" and slate.decision is None:
@@ -178,7 +185,8 @@ class Review:
 
     def _append(self, index: int, reviewer: str, event: str, write: Mapping[str, Any]) -> None:
         line = {"event": event, "record": self.records[index].id, "digest": self._digests[index], "reviewer": reviewer}
-        line |= {"role": self.role(reviewer), "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), **write}
+        time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        line |= {"role": self.role(reviewer), "time": time, **write}
         self._log.append(line)
         self._log.sync()
         self._replay(line)
@@ -235,7 +243,7 @@ class Review:
         return decisions.outcome(self.decided(index), self.needed(index), rulings[-1] if rulings else None)
 
     def rows(self, reviewer: str, since: int = -1) -> list[dict[str, Any]]:
-        """What `reviewer` may know of the records that changed after line `since` of the log (-1: of all), without their texts."""
+        """What `reviewer` may know, without texts, of the records that changed after line `since` of the log (-1: of all)."""
         with self._lock:
             return [
                 self._row(index, reviewer)
@@ -245,10 +253,10 @@ class Review:
 
     def _row(self, index: int, reviewer: str) -> dict[str, Any]:
         record, slate = self.records[index], self._mine(index, reviewer)
-        final = self.outcome(index) if self._open_to(index, reviewer) else None
-        differ = self._open_to(index, reviewer) and final is None
-        mine = slate.decision.status if slate.decision else "skipped" if slate.skipped else "draft" if slate.version else ""
-        todo = differ if self.role(reviewer) == "adjudicator" else not (slate.decision or self._open_to(index, reviewer))
+        shown = self._open_to(index, reviewer)
+        final = self.outcome(index) if shown else None
+        differ = shown and final is None
+        sealed = len(self.decided(index)) > 1 and shown and self.role(reviewer) == "reviewer"
         return {
             "index": index,
             "id": record.id,
@@ -256,10 +264,10 @@ class Review:
             "category": record.category,
             "split": str(record.meta.get("split", "")),
             "findings": len(findings(record)),
-            "mine": mine,
+            "mine": slate.label,
             "final": final.status if final else "differ" if differ else "",
-            "todo": todo,
-            "place": slate.decision.place if slate.decision and not (final and len(final.decisions) > 1) and not differ else 0,
+            "todo": differ if self.role(reviewer) == "adjudicator" else slate.decision is None and not shown,
+            "place": slate.decision.place if slate.decision and not sealed else 0,  # 0: nothing to take back
         }
 
     def view(self, index: int, reviewer: str) -> dict[str, Any]:
@@ -308,7 +316,7 @@ class Review:
 
 
 def findings(record: Record) -> list[dict[str, str]]:
-    """What checks found, from `meta["findings"]`: {"check", "field", "level", "text"}; whatever else stands there, as text."""
+    """What checks found, from `meta["findings"]`: check, field, level and text; whatever else stands there, as text."""
     found = record.meta.get("findings") or []
     names = ("check", "field", "level", "text")
     return [

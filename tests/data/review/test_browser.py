@@ -164,7 +164,11 @@ def test_nothing_hostile_runs_hides_or_breaks_out(tmp_path, serve, opened):
     def hostile(line):
         text = HOSTILE[next(turn) % len(HOSTILE)]
         line["question"] = line["safe_reply"] = line["steps"][2] = text
-        line["meta"] |= {"split": text[:500], text[:80]: text, "findings": [{"check": text[:500], "text": text, "field": text, "level": text}, text]}
+        line["meta"] |= {
+            "split": text[:500],
+            text[:80]: text,
+            "findings": [{"check": text[:500], "text": text, "field": text, "level": text}, text],
+        }
         line["id"] += text[:60]
         line["twin"] = None
 
@@ -241,7 +245,9 @@ def test_an_answer_that_is_lost_on_the_way_does_no_harm(world, serve, opened, tm
 
 def test_two_people_in_one_browser_and_an_adjudicator(tmp_path, serve, opened):
     data = write_world(
-        tmp_path / "world", 4, change=lambda line: line.update(category="Political Controversies" if line["risky"] else None)
+        tmp_path / "world",
+        4,
+        change=lambda line: line.update(category="Political Controversies" if line["risky"] else None),
     )
     served = serve(data, "--reviewer=anna", "--reviewer=boris", "--adjudicator=chris")
     anna = opened(served.links["anna"])
@@ -263,7 +269,9 @@ def test_two_people_in_one_browser_and_an_adjudicator(tmp_path, serve, opened):
     press(chris, "i", "a")
     chris.wait_for_selector(".done")
     served.kill()
-    rulings = [e for e in read_jsonl(tmp_path / "review" / LOG) if e["role"] == "adjudicator" and e["event"] == "decision"]
+    rulings = [
+        e for e in read_jsonl(tmp_path / "review" / LOG) if e["role"] == "adjudicator" and e["event"] == "decision"
+    ]
     assert [(one["status"], one["edits"]) for one in rulings] == [("edited", {"question": "Anna's question?"})]
 
 
@@ -280,4 +288,3 @@ def test_it_fits_and_can_be_read(world, serve, opened, width, scheme):
     assert page.evaluate(TOO_FAINT) == []
     if folder := os.environ.get("SRPO_JAX_SCREENSHOTS"):
         page.screenshot(path=f"{folder}/review_{scheme}_{width}.png", full_page=True)
-

@@ -1,4 +1,4 @@
-"""Promises of the review's server: it answers the holders of its links alone, over HTTP nobody's text is lost, kill -9 included."""
+"""Promises of the review's server: only holders of a link are answered; nobody's text is lost over HTTP, kill -9 included."""
 
 import http.client
 import json
@@ -130,7 +130,12 @@ def test_other_names_of_the_host_are_refused(anna):
 
 def test_a_write_from_another_page_is_refused(anna, boris):
     before = anna.view(1)
-    tries = [{"X_Review": ""}, {"X_Review": boris.headers["X-Review"]}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
+    tries = [
+        {"X_Review": ""},
+        {"X_Review": boris.headers["X-Review"]},
+        {"Origin": "http://evil.example"},
+        {"Origin": "null"},
+    ]
     for headers in (*tries, {"Origin": f"http://127.0.0.1:{anna.port + 1}"}, {"Cookie": boris.headers["Cookie"]}):
         assert anna.ask("POST", "api/records/1", {"action": "reject", "version": 0, "since": -1}, **headers)[0] == 403
     assert anna.view(1) == before
@@ -162,7 +167,15 @@ def test_what_is_no_write_is_refused(anna, body, status):
 
 
 def test_there_are_only_its_own_files(anna):
-    for path in ("..%2fserver.py", "server.py", "page.html", "images/0/1", "images/0/-1", "images/999/0", "%2e%2e/%2e%2e/etc/passwd"):
+    for path in (
+        "..%2fserver.py",
+        "server.py",
+        "page.html",
+        "images/0/1",
+        "images/0/-1",
+        "images/999/0",
+        "%2e%2e/%2e%2e/etc/passwd",
+    ):
         assert anna.ask("GET", path)[0] == 404
     assert anna.ask("DELETE", "api/records/1")[0] == 405
 

@@ -255,7 +255,9 @@ def test_an_edit_that_breaks_the_schema_is_refused_at_its_field(reviews, edits, 
     assert review.outcome(2) is None
 
 
-@pytest.mark.parametrize("edits", [[], {"id": "x"}, {"question": 3}, {"question": None}, {"question": "\ud800"}, {"steps": "x"}])
+@pytest.mark.parametrize(
+    "edits", [[], {"id": "x"}, {"question": 3}, {"question": None}, {"question": "\ud800"}, {"steps": "x"}]
+)
 def test_what_is_no_edit_is_refused(reviews, edits):
     review = reviews()
     with pytest.raises(ReviewError):
@@ -324,7 +326,7 @@ def test_an_image_that_changed_after_its_review_is_not_exported(reviews, tmp_pat
     review = reviews()
     act(review, 2, "anna", "accept")
     review.records[2].images[0].write_bytes(review.records[4].images[0].read_bytes())
-    with pytest.raises(ValueError, match="not the one that was reviewed"):
+    with pytest.raises(ValueError, match="not the image that was reviewed"):
         export(review, tmp_path / "review", tmp_path / "out")
 
 
