@@ -29,7 +29,7 @@ from srpo_jax.flops import TreeSize, exploration_flops, forward_flops, update_fl
 from srpo_jax.judges import rules
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import parse
-from srpo_jax.study.design import BASE, Cell, Design, StudyError, TreeOptions, cell_config
+from srpo_jax.study.design import BASE, BUDGETS, Cell, Design, StudyError, TreeOptions, cell_config
 from srpo_jax.training.annotate import annotate
 from srpo_jax.training.loop import RunConfig, train
 from srpo_jax.training.workdir import open_workdir
@@ -62,34 +62,41 @@ def run_cell(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
         shutil.rmtree(bench.workdir / "runs" / cell.name, ignore_errors=True)  # a kill may have come between the two
         return json.loads(file.read_text(encoding="utf-8"))
     begin = time.time()
-    config, options = cell_config(bench.config, bench.design, cell, trial)
-    params, cost, trunks = bench.policy.params, {"updates": 0, "flops": 0.0, "generated_tokens": 0}, []
-    if cell.method != BASE:
-        params, cost, trunks = _trained(bench, cell, config, options)
-    told = measure(bench, config, params, validation=cell.trial is not None, trunks=trunks)
-    row = {**cell._asdict(), "chosen": trial, **cost, **told, "seconds": time.time() - begin}
+    row = _run(bench, cell, trial) | {"seconds": time.time() - begin}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, row)
     shutil.rmtree(bench.workdir / "runs" / cell.name, ignore_errors=True)  # a study's states would fill a disk
     return row
 
 
-def _trained(bench: Bench, cell: Cell, config: ml_collections.ConfigDict, options: TreeOptions):
+def _run(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
+    """What a run costs and finds. One whose budget is as many updates as it has anyway is that other run."""
+    config, options = cell_config(bench.config, bench.design, cell, trial)
+    told = {**cell._asdict(), "chosen": trial}
+    if cell.method == BASE:
+        cost = {"updates": 0, "flops": 0.0, "generated_tokens": 0}
+        return told | cost | measure(bench, config, bench.policy.params, validation=False, trunks=())
     run = configs.run_config(config)
     records = [r for r in configs.build_records(config) if r.risky or options.harmless]
-    folder = bench.workdir / "runs" / cell.name
     trees = cell_trees(bench, config, run, records, options)
     cost = cell_cost(bench, run, trees)
-    if cell.budget == "flops":
-        run, cost = _with_budget(bench, cell, run, trees)
+    if cell.budget != BUDGETS[0]:
+        updates, (run, cost) = cost["updates"], _with_budget(bench, cell, run, trees)
+        same = bench.workdir / "cells" / f"{cell._replace(budget=BUDGETS[0]).name}.json"
+        if cost["updates"] == updates and same.exists():
+            return json.loads(same.read_text(encoding="utf-8")) | told
     config.updates = run.updates
-    workdir = open_workdir(folder, config)
-    if run.rounds > 1:
-        params = train(bench.policy, records, configs.build_judge(config), run, workdir, bench.mesh)
-    else:
-        params = train(bench.policy, trees, None, dataclasses.replace(run, rounds=0), workdir, bench.mesh)
+    params = _trained(bench, cell, config, run, records, trees)
     trunks = [bench.policy.processor.decode(tree.trunk.path.tolist()) for tree in trees]
-    return params, cost, trunks
+    return told | cost | measure(bench, config, params, validation=cell.trial is not None, trunks=trunks)
+
+
+def _trained(bench: Bench, cell: Cell, config: ml_collections.ConfigDict, run: RunConfig, records, trees):
+    """The parameters that the run ends with."""
+    workdir = open_workdir(bench.workdir / "runs" / cell.name, config)
+    if run.rounds > 1:
+        return train(bench.policy, records, configs.build_judge(config), run, workdir, bench.mesh)
+    return train(bench.policy, trees, None, dataclasses.replace(run, rounds=0), workdir, bench.mesh)
 
 
 def cell_trees(

@@ -19,6 +19,7 @@ from srpo_jax.trees import Branch
 METHODS = {
     "sft": {"loss": {"weights": {"srpo": 0.0, "sft": 1.0}}, "rounds": 0},
     "dpo": {"loss": {"weights": {"srpo": 0.0, "dpo": 1.0}}},
+    "simpo": {"loss": {"weights": {"srpo": 0.0, "simpo": 1.0}}},
     "srpo": {},
 }
 
@@ -43,15 +44,19 @@ def bench(tiny_policy, tmp_path_factory):
 
 def test_a_study_shares_trees_keeps_budgets_and_resumes(bench, monkeypatch):
     explored, inner = [], cells.explore
+    trained, teach = [], cells.train
+    monkeypatch.setattr(cells, "train", lambda *args: trained.append(args[4].name) or teach(*args))
     monkeypatch.setattr(cells, "explore", lambda *args, **kw: explored.append(kw["folder"]) or inner(*args, **kw))
     rows = {cell: run_cell(bench, cell, None) for cell in measured_cells(bench.design)}
     assert [c.name for c in rows] == [
         "base-updates-seed0",
         "sft-updates-seed0",
         "dpo-updates-seed0",
+        "simpo-updates-seed0",
         "srpo-updates-seed0",
         "sft-flops-seed0",
         "dpo-flops-seed0",
+        "simpo-flops-seed0",
     ]
     assert len(set(explored)) == 1 and len(list((bench.workdir / "trees").iterdir())) == 1
     by_name = {c.name: r for c, r in rows.items()}
@@ -61,6 +66,10 @@ def test_a_study_shares_trees_keeps_budgets_and_resumes(bench, monkeypatch):
     more = by_name["sft-flops-seed0"]
     assert more["updates"] > 2
     assert abs(more["flops"] - srpo["flops"]) <= more["update_flops"]
+    # What SimPO learns from costs what SRPO's does: its second run would be the first again.
+    twice = by_name["simpo-flops-seed0"]
+    assert "simpo-flops-seed0" not in trained and "sft-flops-seed0" in trained
+    assert twice["SE"] == by_name["simpo-updates-seed0"]["SE"] and twice["budget"] == "flops"
     assert all(len(r["SE"]) == len(r["helpful"]) == 1 for r in rows.values())
     assert not list((bench.workdir / "runs").iterdir())  # no states are left behind
     monkeypatch.setattr(cells, "train", lambda *args, **kw: pytest.fail("trained again"))
