@@ -77,9 +77,10 @@ class TreeSize:
 
     @staticmethod
     def of(tree: ReasoningTree, vision: VisionConfig) -> TreeSize:
-        """The size of a real tree."""
+        """The size of a real tree; images whose features are known take no patches."""
         ends, encoded = tree.trunk.ends, tree.trunk.encoded
-        images = np.zeros(0, int) if encoded.vision is None else np.asarray(encoded.vision.images)
+        known = encoded.vision is None or encoded.features is not None
+        images = np.zeros(0, int) if known else np.asarray(encoded.vision.images)
         windows = (images.reshape(-1, vision.window_patches) > 0).sum(-1)
         return TreeSize(
             trunk=len(encoded.tokens),

@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+MERGE = 4
+"""Patches behind one merged feature, a language token: two by two neighbours."""
+
 # jax.Array on the device, np.ndarray on the host. A union would ask for a cast at every crossing.
 Array = Any
 
@@ -44,6 +47,35 @@ class Inputs(NamedTuple):
     vision: VisionInputs | None = None
 
 
+class PackedVision(NamedTuple):
+    """Patches of the images of several examples end to end, in G buffers of N patches: no padding in between.
+
+    Attributes:
+      patches: float[G, N, patch_dim], see `VisionInputs`.
+      positions: int32[G, N, 2].
+      images: int32[G, N], counted from 1 within their example; 0 marks padding.
+      rows: int32[G, n, P], where in the buffer the patches of example i stand; N, out of range, beyond them. Attention within
+        whole images runs over these.
+      places: int32[G, N], its inverse: `i * P + p` of each patch of the buffer.
+    """
+
+    patches: Array
+    positions: Array
+    images: Array
+    rows: Array
+    places: Array
+
+
+class Features(NamedTuple):
+    """What a vision tower makes of `PackedVision`, made before.
+
+    Attributes:
+      values: float[G, N / MERGE, D].
+    """
+
+    values: Array
+
+
 class PackedInputs(NamedTuple):
     """Several sequences end to end in one buffer of `F` tokens, their images in one of `N` patches: no padding in between.
 
@@ -57,10 +89,7 @@ class PackedInputs(NamedTuple):
       rows: int32[n, T], where in the buffer token t of sequence i stands; 0 beyond its length.
       places: int32[F], its inverse: `i * T + t` of each token of the buffer.
       lengths: int32[n], tokens of each sequence, 0 for none.
-      vision: patches float[1, N, patch_dim], positions int32[1, N, 2], images int32[1, N]; images are counted within their
-        sequence.
-      patch_rows: int32[n, P], where in the patch buffer the patches of sequence i stand; N, out of range, beyond them.
-      patch_places: int32[N], its inverse.
+      vision: the sequences' images in one buffer (G = 1), or None without room for any.
     """
 
     tokens: Array
@@ -69,9 +98,7 @@ class PackedInputs(NamedTuple):
     rows: Array
     places: Array
     lengths: Array
-    vision: VisionInputs | None = None
-    patch_rows: Array | None = None
-    patch_places: Array | None = None
+    vision: PackedVision | Features | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +111,6 @@ class PrefillShape:
       tokens: F, room for all of them.
       most_patches: P, room for the patches of one example; 0 for text alone.
       patches: N, room for those of all, whole windows.
-      merge: patches behind one merged feature.
 
     Raises:
       ValueError: a buffer that cannot hold the largest example.
@@ -95,7 +121,6 @@ class PrefillShape:
     tokens: int
     most_patches: int = 0
     patches: int = 0
-    merge: int = 4
 
     def __post_init__(self) -> None:
         if self.tokens < self.longest or self.patches < self.most_patches:
@@ -120,28 +145,32 @@ class Encoded:
       positions: int32[3, T].
       image_slots: int32[T], -1 for text.
       vision: `VisionInputs` without the batch axis, or None.
+      features: float[patches / MERGE, D], what the vision tower makes of them, where that is known already: the model then
+        reads these.
     """
 
     tokens: np.ndarray
     positions: np.ndarray
     image_slots: np.ndarray
     vision: VisionInputs | None = None
+    features: np.ndarray | None = None
 
     def append(self, tokens: Sequence[int] | np.ndarray) -> Encoded:
         """This example continued by text tokens, whose three position ids advance together by one."""
         tail = np.asarray(tokens, np.int32)
         start = self.next_position
         positions = np.broadcast_to(start + np.arange(len(tail), dtype=np.int32), (3, len(tail)))
-        return Encoded(
+        return dataclasses.replace(
+            self,
             tokens=np.concatenate([self.tokens, tail]),
             positions=np.concatenate([self.positions, positions], axis=1),
             image_slots=np.concatenate([self.image_slots, np.full(len(tail), -1, np.int32)]),
-            vision=self.vision,
         )
 
     def prefix(self, length: int) -> Encoded:
         """The first `length` tokens of this example, with all its images."""
-        return Encoded(self.tokens[:length], self.positions[:, :length], self.image_slots[:length], self.vision)
+        parts = self.tokens[:length], self.positions[:, :length], self.image_slots[:length]
+        return Encoded(*parts, self.vision, self.features)
 
     @property
     def patches(self) -> int:
@@ -191,39 +220,80 @@ def batch_vision(images: Sequence[VisionInputs | None], patches: int | None = No
 
 
 def pack_inputs(
-    examples: Sequence[Encoded], shape: PrefillShape, empty_vision: VisionInputs | None = None
+    examples: Sequence[Encoded], shape: PrefillShape, nothing: VisionInputs | Features | None = None
 ) -> PackedInputs:
     """Examples end to end in the buffers of `shape`, which must hold them (`shape.holds`).
 
     Args:
       examples: at most `shape.sequences`.
       shape: the sizes.
-      empty_vision: `VisionInputs` of no patches, for their trailing sizes; needed if `shape.patches`.
+      nothing: see `pack_vision`; needed if `shape.patches`.
     """
     lengths = [len(e.tokens) for e in examples]
     starts = np.cumsum([0, *lengths])
     tokens = np.zeros(shape.tokens, np.int32)
     positions, slots = np.zeros((3, shape.tokens), np.int32), np.full(shape.tokens, -1, np.int32)
     rows, places = np.zeros((shape.sequences, shape.longest), np.int32), np.zeros(shape.tokens, np.int32)
-    patch_starts = np.cumsum([0, *(e.patches for e in examples)])
-    for i, e in enumerate(examples):
+    for i, (e, offset) in enumerate(zip(examples, feature_offsets(examples), strict=True)):
         here = slice(starts[i], starts[i + 1])
         tokens[here], positions[:, here] = e.tokens, e.positions
-        slots[here] = np.where(e.image_slots >= 0, e.image_slots + patch_starts[i] // shape.merge, -1)
+        slots[here] = np.where(e.image_slots >= 0, e.image_slots + offset, -1)
         rows[i, : lengths[i]] = np.arange(here.start, here.stop)
         places[here] = i * shape.longest + np.arange(lengths[i])
     packed = PackedInputs(tokens, positions, slots, rows, places, pad_to(np.asarray(lengths, np.int32), len(rows), 0))
     if not shape.patches:
         return packed
-    assert empty_vision is not None
-    fields = (
-        zip(*(e.vision for e in examples if e.vision is not None), strict=True) if patch_starts[-1] else empty_vision
-    )
-    joined = [np.concatenate(parts) if isinstance(parts, tuple) else parts for parts in fields]
-    vision = VisionInputs(*(pad_to(field, shape.patches, 0)[None] for field in joined))
-    patch_rows = np.full((shape.sequences, shape.most_patches), shape.patches, np.int32)
-    patch_places = np.zeros(shape.patches, np.int32)
-    for i, e in enumerate(examples):
-        patch_rows[i, : e.patches] = np.arange(patch_starts[i], patch_starts[i + 1])
-        patch_places[patch_starts[i] : patch_starts[i + 1]] = i * shape.most_patches + np.arange(e.patches)
-    return packed._replace(vision=vision, patch_rows=patch_rows, patch_places=patch_places)
+    assert nothing is not None
+    return packed._replace(vision=pack_vision([examples], shape.sequences, shape.patches, shape.most_patches, nothing))
+
+
+def feature_offsets(examples: Sequence[Encoded]) -> list[int]:
+    """Where the features of each example begin when the examples' patches stand end to end."""
+    return [int(n) // MERGE for n in np.cumsum([0, *(e.patches for e in examples)])[:-1]]
+
+
+def pack_vision(
+    groups: Sequence[Sequence[Encoded]], size: int, patches: int, most: int, nothing: VisionInputs | Features
+) -> PackedVision | Features:
+    """The images of groups of examples, end to end in a buffer for each group; or their features, if `nothing` is such.
+
+    Args:
+      groups: one for each buffer.
+      size: n, room for examples in a group.
+      patches: N, a buffer's room for patches, whole windows.
+      most: P, room for the patches of one example.
+      nothing: no patches, or no features: for their trailing sizes and dtype.
+
+    Raises:
+      ValueError: an example with images whose features are needed and missing.
+    """
+    buffers = [_fill_vision(group, size, patches, most, nothing) for group in groups]
+    return type(buffers[0])(*(np.stack(field) for field in zip(*buffers, strict=True)))
+
+
+def _fill_vision(
+    group: Sequence[Encoded], size: int, patches: int, most: int, nothing: VisionInputs | Features
+) -> PackedVision | Features:
+    drawn = [e for e in group if e.vision is not None]
+    if isinstance(nothing, Features):
+        if any(e.features is None for e in drawn):
+            raise ValueError("features of some images are known and of others not: encode all of them, or none")
+        values = np.concatenate([nothing.values, *(e.features for e in drawn)])
+        return Features(pad_to(values, patches // MERGE, 0))
+    joined = (np.concatenate([empty, *(e.vision[i] for e in drawn)]) for i, empty in enumerate(nothing))
+    rows, places = np.full((size, most), patches, np.int32), np.zeros(patches, np.int32)
+    for i, (e, offset) in enumerate(zip(group, feature_offsets(group), strict=True)):
+        here = np.arange(e.patches)
+        rows[i, : e.patches] = MERGE * offset + here
+        places[MERGE * offset + here] = i * most + here
+    return PackedVision(*(pad_to(field, patches, 0) for field in joined), rows, places)
+
+
+def nothing_of(examples: Sequence[Encoded]) -> VisionInputs | Features | None:
+    """The first argument of its kind for `pack_vision`: none of the examples' features or else patches; None without images."""
+    first = next((e for e in examples if e.vision is not None), None)
+    if first is None or first.vision is None:
+        return None
+    if first.features is not None:
+        return Features(first.features[:0])
+    return VisionInputs(*(field[:0] for field in first.vision))

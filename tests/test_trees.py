@@ -50,7 +50,8 @@ def test_every_token_is_packed_once_with_what_it_sees_and_what_it_predicts(lists
         g, place = (0, i) if buffers == 1 else (i, 0)
         usable, _, _ = trees.usable_branches(tree, CONFIG)
         rows = trees.Rows(*(x[g] for x in batch.rows))
-        mine = (rows.segments >= 0) & (rows.trees == place)[:, None]
+        first = np.unique(rows.context[:, 0])[place]  # a tree's rows share their context
+        mine = (rows.segments >= 0) & (rows.context[:, 0] == first)[:, None]
         packed += mine.sum()
         pieces = [(tree.trunk.encoded.tokens, 0, None)]
         pieces += [(b.tokens[:-1], ENDS[b.prefix], ENDS[b.prefix]) for b in usable]

@@ -28,6 +28,7 @@ from srpo_jax.exploration.sampler import SampleConfig, branch_keys, record_key
 from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
 from srpo_jax.files import Store, write_json
+from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import Status, parse
@@ -108,6 +109,7 @@ def explore(
     folder: str | Path | None = None,
     progress: bool = True,
     trunks: Sequence[Trunk] | None = None,
+    features: FeatureCache | None = None,
 ) -> list[ReasoningTree]:
     """Explores `k` continuations of every proper prefix of every record's path and judges them.
 
@@ -122,6 +124,7 @@ def explore(
       folder: where to keep branches and verdicts as they come, and to resume from; None keeps nothing.
       progress: show a progress bar.
       trunks: of the records, in order, where the caller has made them already (`trunks.make_trunk`).
+      features: of images under the tower of `params`; None encodes them once per tree.
 
     Returns:
       One tree per record, in order.
@@ -153,7 +156,7 @@ def explore(
         shape, round_key = explore_shape(policy, trunks, config), jax.random.fold_in(key, round_)
         with observe.span("explore"):
             title = f"explore round {round_}"
-            trees = _sampled(policy, params, own, config, round_key, shape, stored, branches, title, quiet)
+            trees = _sampled(policy, params, own, config, round_key, shape, stored, branches, title, quiet, features)
         with observe.span("judge"):
             # Once updates have learned from a round, its verdicts stay as they are, failed ones, too.
             trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet, again=params is not None)
@@ -209,14 +212,14 @@ def _claim(file: Path, origin: dict[str, Any], empty: bool) -> None:
 
 
 def _sampled(
-    policy, params, trunks, config: ExploreConfig, key, shape: EngineShape, stored, store: Store, title, quiet
+    policy, params, trunks, config: ExploreConfig, key, shape: EngineShape, stored, store: Store, title, quiet, features
 ) -> list[ReasoningTree]:
     """A tree of every trunk, in order: those stored, and the others as they come off the device."""
     found = {t.record_id: ReasoningTree.from_json(stored[t.record_id], t) for t in trunks if t.record_id in stored}
     missing = [trunk for trunk in trunks if trunk.record_id not in found]
     with tqdm(total=len(trunks), initial=len(found), desc=title, unit="tree", disable=quiet) as bar:
         if params is not None:
-            for tree in sample_trees(policy, params, missing, config, key, shape):
+            for tree in sample_trees(policy, params, missing, config, key, shape, features):
                 found[tree.trunk.record_id] = tree
                 store.append(tree.to_json())
                 bar.update()
@@ -253,6 +256,7 @@ def sample_trees(
     config: ExploreConfig,
     key: jax.Array,
     shape: EngineShape,
+    features: FeatureCache | None = None,
 ) -> Iterator[ReasoningTree]:
     """Unjudged trees of the trunks, as they finish; `key` is that of the round, `shape` from `explore_shape`."""
     taken: list[Trunk] = []
@@ -265,7 +269,8 @@ def sample_trees(
             keys = branch_keys(record_key(key, trunk.record_id), chosen[places], numbers)
             yield Request(trunk.encoded, np.asarray(trunk.ends, np.int32)[chosen], places, keys)
 
-    for number, samples in sample(policy, params, requests(), shape, config.sampling(policy.processor.stop_ids)):
+    how = config.sampling(policy.processor.stop_ids)
+    for number, samples in sample(policy, params, requests(), shape, how, features):
         trunk = taken[number]
         prefixes = np.repeat(config.prefixes_of(trunk), config.k)
         ones = [jax.tree.map(lambda x, m=m: x[m], samples) for m in range(len(prefixes))]

@@ -25,8 +25,9 @@ from srpo_jax.exploration.engine import (
     state_shardings,
 )
 from srpo_jax.exploration.sampler import SampleConfig
-from srpo_jax.inputs import Encoded, PackedInputs, PrefillShape, VisionInputs, pack_inputs
+from srpo_jax.inputs import Encoded, Features, PackedInputs, PrefillShape, VisionInputs, pack_inputs
 from srpo_jax.models.config import VisionConfig
+from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.geometry import empty_vision
 from srpo_jax.models.policy import Policy
 
@@ -62,13 +63,16 @@ def prefill_shape(sequences: int, longest: int, most_patches: int, vision: Visio
     """
     half = -(-sequences // 2)
     windows = -(-half * most_patches // vision.window_patches)
-    return PrefillShape(
-        sequences, longest, half * longest, most_patches, windows * vision.window_patches, vision.merge_unit
-    )
+    return PrefillShape(sequences, longest, half * longest, most_patches, windows * vision.window_patches)
 
 
 def sample(
-    policy: Policy, params: Any, requests: Iterable[Request], shape: EngineShape, config: SampleConfig
+    policy: Policy,
+    params: Any,
+    requests: Iterable[Request],
+    shape: EngineShape,
+    config: SampleConfig,
+    features: FeatureCache | None = None,
 ) -> Iterator[tuple[int, Samples]]:
     """Samples the branches of all requests, in any number.
 
@@ -81,6 +85,7 @@ def sample(
       requests: read as places become free, a few ahead.
       shape: static sizes that hold every request.
       config: how tokens are drawn.
+      features: of images under the tower of `params`; None encodes them in the prefill.
 
     Yields:
       The number of a request and its `Samples` without the batch axis, numpy, as trees finish.
@@ -90,14 +95,15 @@ def sample(
     """
     mesh = sharding.mesh_of(params)
     places = _Places(shape, mesh)
-    queue, vision = _Queue(requests, shape, places.lanes), empty_vision(policy.config.vision)
+    queue = _Queue(requests, shape, places.lanes, features)
+    nothing = empty_vision(policy.config.vision) if features is None else features.nothing
     if not queue and jax.process_count() == 1:
         return  # of several processes, others may have requests
     state = start(policy.graphdef, params, shape, config, mesh)
     hungry = active = True
     while hungry or active:
         if hungry:
-            state = prefill(policy.graphdef, params, state, *places.to_device(places.load(queue, vision)), mesh)
+            state = prefill(policy.graphdef, params, state, *places.to_device(places.load(queue, nothing)), mesh)
         appetite = places.to_device(places.appetite(len(queue)))
         state, pulse = decode(policy.graphdef, params, state, appetite, config, mesh, TICKS)
         hungry, active = bool(pulse.hungry), bool(pulse.active)
@@ -108,12 +114,19 @@ def sample(
 
 
 def program_shapes(
-    graphdef: nnx.GraphDef, params: Any, shape: EngineShape, config: SampleConfig, vision: VisionConfig, mesh: Mesh
+    graphdef: nnx.GraphDef,
+    params: Any,
+    shape: EngineShape,
+    config: SampleConfig,
+    nothing: VisionInputs | Features,
+    mesh: Mesh,
 ) -> tuple[EngineState, tuple[PackedInputs, Trees, np.ndarray]]:
-    """Shapes and shardings of what `prefill` and `decode` take beside parameters: the state, and a pack with its trees."""
+    """Shapes and shardings of what `prefill` and `decode` take beside parameters: the state, and a pack with its trees.
+
+    `nothing` tells whether the pack holds patches or features (see `inputs.pack_vision`).
+    """
     state = jax.eval_shape(lambda p: start(graphdef, p, shape, config, mesh), params)
-    nothing = np.zeros(shape.pack.sequences, np.int32)
-    group = (pack_inputs([], shape.pack, empty_vision(vision)), _trees([], shape), nothing)
+    group = (pack_inputs([], shape.pack, nothing), _trees([], shape), np.zeros(shape.pack.sequences, np.int32))
     parts, split = sharding.batch_parts(mesh), sharding.batch_sharding(mesh)
     placed = jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state, state_shardings(state, mesh)
@@ -124,8 +137,10 @@ def program_shapes(
 class _Queue:
     """Requests that wait, `ahead` of them read; a request is cut to what its branches see."""
 
-    def __init__(self, requests: Iterable[Request], shape: EngineShape, ahead: int):
-        self.source, self.shape, self.ahead = enumerate(requests), shape, ahead
+    def __init__(
+        self, requests: Iterable[Request], shape: EngineShape, ahead: int, features: FeatureCache | None = None
+    ):
+        self.source, self.shape, self.ahead, self.features = enumerate(requests), shape, ahead, features
         self.waiting: collections.deque[tuple[int, Request]] = collections.deque()
         self.fill()
 
@@ -147,7 +162,7 @@ class _Queue:
         for name, (size, room) in sizes.items():
             if size > room:
                 raise ValueError(f"request {number}: {size} {name} exceed the engine's {room}; give it a larger shape")
-        return dataclasses.replace(request, trunk=trunk)
+        return dataclasses.replace(request, trunk=self.features(trunk) if self.features else trunk)
 
     def take(self, pack: PrefillShape, most: int) -> list[tuple[int, Request]]:
         """The next requests, in order, as many as fit one prefill of `pack`; `most` at most."""
@@ -176,7 +191,7 @@ class _Places:
         self.lanes = self.groups * shape.pack.sequences
         self.held: list[tuple[int, int] | None] = [None] * (self.groups * self.size)
 
-    def load(self, queue: _Queue, vision: VisionInputs) -> tuple[PackedInputs, Trees, np.ndarray]:
+    def load(self, queue: _Queue, nothing: VisionInputs | Features) -> tuple[PackedInputs, Trees, np.ndarray]:
         """Arguments of `prefill`, on the host: the next requests for the empty places."""
         parts = []
         for group in range(self.groups):
@@ -188,7 +203,7 @@ class _Places:
                 self.held[place] = number, len(request.prefixes)
                 places[lane] = place - here.start
             requests = [request for _, request in taken]
-            packed = pack_inputs([r.trunk for r in requests], self.shape.pack, vision)
+            packed = pack_inputs([r.trunk for r in requests], self.shape.pack, nothing)
             parts.append((packed, _trees(requests, self.shape), places))
         return jax.tree.map(lambda *x: np.stack(x), *parts)
 

@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from srpo_jax.inputs import MERGE
+
 MODEL_TYPE = "qwen2_5_vl"
 
 
@@ -101,6 +103,7 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         _require(self.hidden_size % (4 * self.num_heads) == 0, "hidden_size must be a multiple of 4 * num_heads", self)
+        _require(self.merge_unit == MERGE, "spatial_merge_size must be 2", self)
         _require(self.window_units >= 1, "window_size must hold at least one merge unit", self)
 
     @property

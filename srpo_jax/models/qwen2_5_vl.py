@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from srpo_jax.inputs import Inputs, PackedInputs, VisionInputs
+from srpo_jax.inputs import Features, Inputs, PackedInputs, PackedVision, VisionInputs
 from srpo_jax.models import attention
 from srpo_jax.models.attention import KeyValues
 from srpo_jax.models.config import ModelConfig, TextConfig
@@ -112,12 +112,18 @@ class Qwen2_5_VL(nnx.Module):
         """float[V, D]; the input embedding where the two are tied."""
         return (self.embed if self.head is None else self.head)[...]
 
-    def encode_images(self, vision: VisionInputs | None, *, remat: Remat = "none") -> jax.Array | None:
-        """Merged image features float[B, N / merge², D] of each row, or None without images."""
+    def encode_images(
+        self, vision: VisionInputs | PackedVision | Features | None, *, remat: Remat = "none"
+    ) -> jax.Array | None:
+        """Merged image features float[B, N / MERGE, D] of each row or buffer, or None without images."""
         if vision is None:
             return None
         dtype = self.embed[...].dtype
-        return self.vision(vision._replace(patches=jnp.asarray(vision.patches, dtype)), remat=remat)
+        if isinstance(vision, Features):
+            return jnp.asarray(vision.values, dtype)
+        patches = VisionInputs(jnp.asarray(vision.patches, dtype), vision.positions, vision.images)
+        rows = (vision.rows, vision.places) if isinstance(vision, PackedVision) else None
+        return self.vision(patches, remat=remat, rows=rows)
 
     def embed_tokens(self, tokens: jax.Array, image_slots: jax.Array, features: jax.Array | None) -> jax.Array:
         """float[B, T, D]: token embeddings, image tokens replaced by the feature of their slot."""
@@ -156,7 +162,7 @@ class Qwen2_5_VL(nnx.Module):
 
         Args:
           rows: the packed trees.
-          features: merged image features float[B, m, D] of their trees, the same number for each buffer.
+          features: merged image features float[G, m, D] of each buffer's trees.
           remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
           backend: of the attention, see `attention.tree_attention`.
 
@@ -165,10 +171,6 @@ class Qwen2_5_VL(nnx.Module):
         """
         buffers = rows.tokens.shape[0]
         tokens, slots = (x.reshape(buffers, -1) for x in (rows.tokens, rows.image_slots))
-        if features is not None:  # a buffer's trees share one table
-            offset = rows.trees[..., None] * features.shape[1]
-            slots = jnp.where(rows.image_slots >= 0, rows.image_slots + offset, -1).reshape(buffers, -1)
-            features = features.reshape(buffers, -1, features.shape[-1])
         angles = mrope_angles(jnp.asarray(rows.positions), self.config.text)
         attend = attention.tree_attention(rows, backend)
 
@@ -186,11 +188,7 @@ class Qwen2_5_VL(nnx.Module):
           Final normed hidden states float[F, D] of the buffer, and every layer's keys and values
           float[layers, n, T, K, head_dim] of its sequences (meaningless beyond their lengths).
         """
-        features = None
-        if packed.vision is not None:
-            vision = packed.vision._replace(patches=jnp.asarray(packed.vision.patches, self.embed[...].dtype))
-            assert packed.patch_rows is not None and packed.patch_places is not None  # they come with `vision`
-            features = self.vision(vision, rows=(packed.patch_rows, packed.patch_places))
+        features = self.encode_images(packed.vision)
         mask = attention.causal_mask(packed.lengths, packed.rows.shape[1])
         angles = mrope_angles(packed.positions[None], self.config.text)
 

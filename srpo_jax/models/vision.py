@@ -45,7 +45,7 @@ class VisionAttention(nnx.Module):
           angles: float[B, N, D/2], rotary angles.
           images: int32[B, N], image of each patch; 0 for padding, which sees and is seen by padding only.
           full: bool[], attend within the whole image rather than the window. A Python bool compiles one kind only.
-          rows: where B = 1 and examples stand end to end, the patches of each; full attention runs over these.
+          rows: where examples stand end to end in each of the B buffers, the patches of each: full attention runs over these.
         """
         heads = (*x.shape[:2], self.config.num_heads, -1)
         q, k = (rotate(projection(x).reshape(heads), angles) for projection in (self.q, self.k))
@@ -59,16 +59,21 @@ class VisionAttention(nnx.Module):
 
 
 PatchRows = tuple[jax.Array, jax.Array]
-"""`PackedInputs.patch_rows` and `.patch_places`."""
+"""`PackedVision.rows` and `.places`."""
 
 
 def _attend_rows(rows: PatchRows | None, q: jax.Array, k: jax.Array, v: jax.Array, images: jax.Array) -> jax.Array:
     """`_attend_images`, of packed examples one by one."""
     if rows is None:
         return _attend_images(q, k, v, images)
-    q, k, v, images = (x[0].at[rows[0]].get(mode="fill", fill_value=0) for x in (q, k, v, images))
-    y = _attend_images(q, k, v, images)
-    return y.reshape(-1, *y.shape[2:])[rows[1]][None]
+
+    def apart(x: jax.Array) -> jax.Array:
+        picked = jax.vmap(lambda one, where: one.at[where].get(mode="fill", fill_value=0))(x, rows[0])
+        return picked.reshape(-1, *picked.shape[2:])
+
+    y = _attend_images(*map(apart, (q, k, v, images)))
+    y = y.reshape(q.shape[0], -1, *y.shape[2:])
+    return jax.vmap(lambda one, where: one[where])(y, rows[1])
 
 
 def _windowed(size: int):

@@ -23,8 +23,9 @@ from srpo_jax.exploration.sampler import SampleConfig
 from srpo_jax.exploration.scheduler import TICKS, prefill_shape, program_shapes
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.flops import Chip, TreeSize
-from srpo_jax.inputs import Encoded, PrefillShape, VisionInputs
+from srpo_jax.inputs import MERGE, Encoded, Features, PrefillShape, VisionInputs
 from srpo_jax.models.config import ModelConfig
+from srpo_jax.models.geometry import empty_vision
 from srpo_jax.models.hf import param_shapes
 from srpo_jax.models.lora import LoraConfig, init_adapters
 from srpo_jax.models.policy import graph_definition
@@ -126,7 +127,9 @@ def update_program(setting: Setting, chip: Chip) -> Program:
     """The update of `batch.trees` questions, `batch.accumulate` times."""
     run, state = setting.run, setting.state
     patches = _patches(run.pack, setting)
-    tree = _tree(setting, run.pack, patches)
+    tree, nothing = _tree(setting, run.pack, patches), _nothing(setting)
+    if isinstance(nothing, Features):
+        tree = _with_features(tree, nothing)
     parts = sharding.batch_parts(setting.mesh)
     packed, _ = pack_trees([tree] * (run.batch.trees // parts), _largest(run.pack, patches))
     where = sharding.batch_sharding(setting.mesh, axis=1)
@@ -134,7 +137,8 @@ def update_program(setting: Setting, chip: Chip) -> Program:
     graphdef = graph_definition(setting.model, setting.params)
     how = {"offload": run.optim.offload}
     update = make_update(graphdef, run.optim.make(), run.loss, run.compute, setting.mesh, state, **how)
-    size = _with_image(TreeSize.of(tree, setting.model.vision), patches, setting.model)
+    size = TreeSize.of(tree, setting.model.vision)
+    size = size if isinstance(nothing, Features) else _with_image(size, patches, setting.model)
     shapes = {**state.params, **state.frozen}
     work = flops.update_flops(setting.model, shapes, state.params, size, remat=run.compute.remat == "full")
     trees = run.batch.trees * run.batch.accumulate
@@ -202,11 +206,14 @@ def _sampling_programs(
     """The programs of the engine, as `exploration.scheduler.sample` calls them: decoding, which bears the work, prefill."""
     model, mesh = setting.model, setting.mesh
     graphdef = graph_definition(model, params)
-    state, packed = program_shapes(graphdef, params, shape, how, model.vision, mesh)
+    nothing = _nothing(setting) if name == "explore" else empty_vision(model.vision)
+    state, packed = program_shapes(graphdef, params, shape, how, nothing, mesh)
     appetite = jax.ShapeDtypeStruct((shape.trees,), jnp.float32, sharding=sharding.batch_sharding(mesh))
     one = TreeSize(shape.pack.longest, 0, ((shape.pack.longest, how.max_tokens),) * shape.branches)
     tree = _with_image(one, shape.pack.most_patches, model)
-    prompt = _with_image(TreeSize(shape.pack.longest, 0, ()), shape.pack.most_patches, model)
+    prompt = TreeSize(shape.pack.longest, 0, ())
+    if not isinstance(nothing, Features):
+        prompt = _with_image(prompt, shape.pack.most_patches, model)
     shapes, width = sharding.flatten(params), params["embed"].dtype.itemsize
     cache = {"keys and values": bytes_of(state.cache), "engine": bytes_of(state) - bytes_of(state.cache)}
     trunks = shape.pack.sequences * sharding.batch_parts(mesh)
@@ -289,7 +296,7 @@ def _patches(section: Any, setting: Setting) -> int:
 
 
 def _encoded(model: ModelConfig, tokens: int, patches: int) -> Encoded:
-    """An example of that size; its content is never read. `batch_inputs` pads one window of patches to the rest."""
+    """An example of that size; its content is never read. Packing pads one window of patches to the rest."""
     vision = None
     if patches:
         count = model.vision.window_patches
@@ -300,6 +307,21 @@ def _encoded(model: ModelConfig, tokens: int, patches: int) -> Encoded:
         )
     positions = np.zeros((3, tokens), np.int32)
     return Encoded(np.zeros(tokens, np.int32), positions, np.full(tokens, -1, np.int32), vision)
+
+
+def _with_features(tree: ReasoningTree, nothing: Features) -> ReasoningTree:
+    """The tree with features of its images, whatever they are."""
+    encoded = tree.trunk.encoded
+    values = np.zeros((encoded.patches // MERGE, nothing.values.shape[-1]), nothing.values.dtype)
+    known = dataclasses.replace(encoded, features=values)
+    return dataclasses.replace(tree, trunk=dataclasses.replace(tree.trunk, encoded=known))
+
+
+def _nothing(setting: Setting) -> VisionInputs | Features:
+    """What exploration and update read of no image: patches, or features where the run keeps them."""
+    if not setting.run.compute.image_cache:
+        return empty_vision(setting.model.vision)
+    return Features(np.zeros((0, setting.model.text.hidden_size), jnp.dtype(setting.run.compute.dtype)))
 
 
 def _tree(setting: Setting, pack: PackConfig, patches: int) -> ReasoningTree:

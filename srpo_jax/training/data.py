@@ -11,6 +11,8 @@ import jax
 
 from srpo_jax import distributed
 from srpo_jax.exploration.trunks import render_trunk
+from srpo_jax.inputs import Features, VisionInputs
+from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.processor import Processor
 from srpo_jax.trees import PackConfig, PackShape, ReasoningTree, TreeBatch, balance, pack_shape, pack_trees
 
@@ -66,6 +68,7 @@ def step_batches(
     mine: Sequence[int] | None = None,
     name: str = "batches",
     work: Callable[[ReasoningTree], float] | None = None,
+    nothing: VisionInputs | Features | None = None,
 ) -> Iterator[StepBatch]:
     """Batches of the updates `start .. stop-1`, questions drawn without replacement in an order that each epoch shuffles.
 
@@ -83,6 +86,7 @@ def step_batches(
       mine: the buffers that this process packs; None for all. `record_ids` and `counters` are those of the whole batch.
       name: tells the iterators of a job apart.
       work: of a tree, in operations; their sum becomes the counter `flops`.
+      nothing: what no images look like, for batches without any in this process (see `trees.pack_trees`).
     """
     per_step = config.trees * config.accumulate
     order = grain.MapDataset.range(len(source)).shuffle(seed=config.seed).repeat().batch(per_step)
@@ -95,7 +99,7 @@ def step_batches(
         trees = [source[int(i)] for i in questions]
         trees = [trees[i] for i in balance([tree.tokens for tree in trees], count)]
         shapes = _everywhere(f"{name}/shape", step, mine, pack_shape(trees, pack, buffers=count))
-        batch, counters = pack_trees(trees, pack, buffers=count, shape=PackShape.covering(shapes))
+        batch, counters = pack_trees(trees, pack, buffers=count, shape=PackShape.covering(shapes), nothing=nothing)
         if work is not None:
             counters["flops"] = sum(map(work, trees))
         split = jax.tree.map(lambda x: x.reshape(config.accumulate, len(x) // config.accumulate, *x.shape[1:]), batch)
@@ -111,6 +115,21 @@ def _everywhere(name: str, step: int, mine: tuple[int, ...], value: Any) -> list
     """`value` of every process; those that pack the same buffers say the same, which counts once."""
     said = {tuple(buffers): value for buffers, value in distributed.exchange(name, int(step), (mine, value))}
     return [said[buffers] for buffers in sorted(said)]
+
+
+class EncodedTrees(Sequence[ReasoningTree]):
+    """Trees whose images are encoded when a tree is read, or were before."""
+
+    def __init__(self, trees: Sequence[ReasoningTree], features: FeatureCache):
+        self._trees, self._features = trees, features
+
+    def __len__(self) -> int:
+        return len(self._trees)
+
+    def __getitem__(self, index):
+        tree = self._trees[index]
+        encoded = self._features(tree.trunk.encoded)
+        return dataclasses.replace(tree, trunk=dataclasses.replace(tree.trunk, encoded=encoded))
 
 
 class DemonstrationTrees(Sequence[ReasoningTree]):

@@ -27,12 +27,14 @@ from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics,
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.flops import TreeSize, update_flops
+from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.fingerprint import params_fingerprint
+from srpo_jax.models.geometry import empty_vision
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.preemption import Preempted
 from srpo_jax.training.annotate import annotate
-from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
+from srpo_jax.training.data import BatchConfig, EncodedTrees, StepBatch, step_batches
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
@@ -116,6 +118,7 @@ def train(
             frozen = place_frozen(policy.params, like.frozen)
             _delete(policy, like.params if donate else {})
             state = _resume(checkpoints, like.moving(), frozen, config)
+        features = _features(policy, state, config)
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state, offload=offload)
         step, trunks = int(state.step), None
         with open_log(workdir, last_step=step) as log:
@@ -127,13 +130,15 @@ def train(
                 trunks = _trunks(policy, data, config) if trunks is None else trunks
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
                 trees, statistics = _trees(
-                    policy, state, data, trunks, judge, config, workdir, round_, at_start=step == first
+                    policy, state, data, trunks, judge, config, workdir, round_, features, at_start=step == first
                 )
+                nothing = empty_vision(policy.config.vision) if features is None else features.nothing
+                source = trees if features is None else EncodedTrees(trees, features)
                 batch = dataclasses.replace(config.batch, seed=config.seed + config.batch.seed + round_)
                 parts, mine = sharding.batch_parts(mesh), sharding.local_parts(mesh)
                 work = _work_of(policy, state, config.pack)
                 batches = step_batches(
-                    trees, config.pack, batch, step, stop, first, parts, mine, f"round {round_}", work
+                    source, config.pack, batch, step, stop, first, parts, mine, f"round {round_}", work, nothing
                 )
                 state = _round(
                     update, state, batches, stop, config, checkpoints, log, progress, statistics, mesh, profile
@@ -176,8 +181,31 @@ def _trunks(policy: Policy, data: Sequence[Record] | Sequence[ReasoningTree], co
     return trunks
 
 
+def _features(policy: Policy, state: TrainState, config: RunConfig) -> FeatureCache | None:
+    """The cache of `compute.image_cache`; ValueError where the tower that it relies on trains."""
+    room = int(config.compute.image_cache * 2**30)
+    if not room:
+        return None
+    if moving := sorted(path for path in state.params if path.startswith("vision/")):
+        raise ValueError(
+            f"compute.image_cache={config.compute.image_cache} keeps features of a frozen vision tower, but {len(moving)} of "
+            f"its parameters train ({moving[0]}, ...); set it to 0, or leave the tower out of `trainable`"
+        )
+    return FeatureCache(policy, state.all_params(), config.compute.dtype, room)
+
+
 def _trees(
-    policy, state: TrainState, data, trunks, judge, config: RunConfig, workdir: Path, round_: int, *, at_start: bool
+    policy,
+    state: TrainState,
+    data,
+    trunks,
+    judge,
+    config: RunConfig,
+    workdir: Path,
+    round_: int,
+    features: FeatureCache | None,
+    *,
+    at_start: bool,
 ):
     """The trees of a round and what to report of them with its first update."""
     if config.rounds == 0:
@@ -190,7 +218,8 @@ def _trees(
     if at_start:
         params = compute_params(state.all_params(), config.compute.dtype)  # what the update computes with
     key = jax.random.key(config.seed)
-    trees = explore(policy, params, data, config.explore, judge, key, round_=round_, folder=folder, trunks=trunks)
+    how = {"round_": round_, "folder": folder, "trunks": trunks, "features": features}
+    trees = explore(policy, params, data, config.explore, judge, key, **how)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
     trees = annotate(trees, policy, config.pack, config.compute, config.batch.trees, folder)

@@ -33,15 +33,18 @@ class ComputeConfig:
         products with kernels, "full" its input alone.
       logprob_chunk: positions per chunk of the log-prob head.
       attention: backend of the trees' attention, see `models.attention.tree_attention`.
+      image_cache: GiB of each host's memory for the features of images, which then are encoded once and not in every round
+        and update; for a frozen vision tower. 0 encodes them each time.
 
     Raises:
-      ValueError: no floating dtype, no such remat, an empty chunk, or an unknown backend.
+      ValueError: no floating dtype, no such remat, an empty chunk, an unknown backend, or a negative cache.
     """
 
     dtype: str = "float32"
     remat: Remat = "full"
     logprob_chunk: int = CHUNK
     attention: str = "auto"
+    image_cache: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float64", "float32", "bfloat16", "float16"):
@@ -52,6 +55,8 @@ class ComputeConfig:
             raise ValueError(f"logprob_chunk={self.logprob_chunk}: at least 1")
         if self.attention not in BACKENDS:
             raise ValueError(f"attention={self.attention!r}: use one of {', '.join(map(repr, BACKENDS))}")
+        if self.image_cache < 0:
+            raise ValueError(f"image_cache={self.image_cache}: a number of GiB, 0 for none")
 
 
 def tree_loss(

@@ -20,7 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from srpo_jax.inputs import Array, VisionInputs, batch_vision, pad_to
+from srpo_jax.inputs import (
+    Array,
+    Features,
+    PackedVision,
+    VisionInputs,
+    feature_offsets,
+    nothing_of,
+    pack_vision,
+    pad_to,
+)
 from srpo_jax.trees.selection import UNKNOWN, select_pairs, usable_branches
 from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of
 from srpo_jax.trees.tree import Branch, ReasoningTree
@@ -32,10 +41,9 @@ class Rows(NamedTuple):
     Attributes:
       tokens: int32[G, N, R].
       positions: int32[G, 3, N, R], M-RoPE ids for time, height, width.
-      image_slots: int32[G, N, R], index of the feature of its tree that replaces the token's embedding; -1 for text.
+      image_slots: int32[G, N, R], index of the feature of its buffer that replaces the token's embedding; -1 for text.
       segments: int32[G, N, R], 0 for the trunk, m + 1 for branch m of the row's tree, -1 for padding.
       limits: int32[G, N, R], how many trunk tokens the token sees beside those of its own segment.
-      trees: int32[G, N], which of the buffer's trees the row belongs to.
       context: int32[G, N, W], the rows that hold the trunk of the row's tree, in order; of W rows, a short trunk's are fewer,
         and no limit reaches into the others.
     """
@@ -45,7 +53,6 @@ class Rows(NamedTuple):
     image_slots: Array
     segments: Array
     limits: Array
-    trees: Array
     context: Array
 
 
@@ -57,7 +64,7 @@ class TreeBatch(NamedTuple):
 
     Attributes:
       rows: the tokens of all trees, each once; of a branch all but the last.
-      vision: the trees' images, [B, ...], or None when no tree has one.
+      vision: the images of each buffer's trees, or their features; None when no tree has one.
       predictors: int32[G, Q], tokens of the buffer (as if its rows were one) whose hidden state predicts a scored token.
       targets: int32[G, Q], that scored token; -1 for padding. A tree's scored tokens stand together: those of path and reply,
         then branch after branch.
@@ -80,7 +87,7 @@ class TreeBatch(NamedTuple):
     """
 
     rows: Rows
-    vision: VisionInputs | None
+    vision: PackedVision | Features | None
     predictors: Array
     targets: Array
     path_slots: Array
@@ -110,11 +117,13 @@ class _Tree(NamedTuple):
 
 
 class PackShape(NamedTuple):
-    """Static sizes of a packed batch: rows of context, path tokens, patches, rows of a buffer, branches, branch tokens."""
+    """Static sizes of a packed batch: rows of context, path tokens, patches of a buffer and of a tree, rows of a buffer,
+    branches, branch tokens."""
 
     context: int
     path: int
     patches: int
+    most_patches: int
     rows: int
     branches: int
     branch: int
@@ -168,6 +177,7 @@ def pack_trees(
     size: int | None = None,
     buffers: int = 1,
     shape: PackShape | None = None,
+    nothing: VisionInputs | Features | None = None,
 ) -> tuple[TreeBatch, dict]:
     """Packs trees, in order, into a `TreeBatch` of `size` trees (default: as many as given); the rest is padding of weight 0.
 
@@ -177,9 +187,10 @@ def pack_trees(
       size: B.
       buffers: G, a divisor of `size`; one for each device that works on its own trees.
       shape: to pack into; None takes `pack_shape`. The parts of one batch are packed into `PackShape.covering` of theirs.
+      nothing: see `inputs.pack_vision`; None takes it from the trees, which tell if one has an image.
 
     Returns:
-      The batch in numpy, and counters: merged, dropped and idle branches, prefixes, executed and useful tokens.
+      The batch in numpy, and counters: merged, dropped and idle branches, prefixes, executed and useful tokens and patches.
 
     Raises:
       ValueError: a tree that exceeds the largest shapes; names its record.
@@ -194,11 +205,10 @@ def pack_trees(
     rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config.row) for g in groups), strict=True)
     packed = [_pack_tree(part, shape, config) for part in parts]
     packed += [_padding_tree(packed[0])] * (size - len(trees))
-    images = [tree.trunk.encoded.vision for tree in trees] + [None] * (size - len(trees))
     path_slots, branch_slots = (np.concatenate(x) for x in zip(*slots, strict=True))
     batch = TreeBatch(
         rows=Rows(*(np.stack(x) for x in zip(*rows, strict=True))),
-        vision=batch_vision(images, shape.patches),
+        vision=_pack_images(groups, each, shape, nothing),
         predictors=np.stack(predictors),
         targets=np.stack(targets),
         path_slots=path_slots,
@@ -207,7 +217,23 @@ def pack_trees(
     )
     counts["tokens"] = int(np.sum(batch.rows.segments >= 0))
     counts["executed_tokens"] = batch.rows.tokens.size
+    if isinstance(batch.vision, PackedVision):
+        counts["patches"] = int(np.sum(batch.vision.images > 0))
+        counts["executed_patches"] = batch.vision.images.size
     return batch, counts
+
+
+def _pack_images(
+    groups: Sequence[Sequence[_Tree]], each: int, shape: PackShape, nothing: VisionInputs | Features | None
+) -> PackedVision | Features | None:
+    """The images of each buffer's trees; None where the shape has no room for any."""
+    if not shape.patches:
+        return None
+    examples = [[part.tree.trunk.encoded for part in group] for group in groups]
+    nothing = nothing or nothing_of([e for group in examples for e in group])
+    if nothing is None:
+        raise ValueError("the shape has room for images, but no tree here has one: tell what none look like (nothing=)")
+    return pack_vision(examples, each, shape.patches, shape.most_patches, nothing)
 
 
 def pack_shape(trees: Sequence[ReasoningTree], config: PackConfig, buffers: int = 1) -> PackShape:
@@ -241,22 +267,33 @@ def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> 
     fullest = max(groups, key=lambda group: sum(len(p.rows) for p in group))
     average = -(-sum(len(p.rows) for p in fullest) // each)
     largest = max(fullest, key=lambda p: len(p.rows)).tree.trunk
-    patches = max(p.tree.trunk.encoded.patches for p in parts)
+    patches, most = _patches(groups, each, config)
     trunk = fit(lambda p: len(p.tree.trunk.encoded.tokens), config.trunk, "trunk tokens (pack.trunk)")
     return PackShape(
         context=-(-trunk // config.row),
         path=fit(lambda p: len(p.tree.trunk.path), config.path, "tokens of path and reply (pack.path)"),
-        patches=fit(
-            lambda p: p.tree.trunk.encoded.patches, config.patches or (patches,), "vision patches (pack.patches)"
-        )
-        if patches
-        else 0,
+        patches=patches,
+        most_patches=most,
         rows=each * bucket_of(largest, average, config.rows, "rows of trunk and branches (pack.rows)"),
         branches=fit(lambda p: len(p.branches), config.branches, "branches (pack.branches)"),
         branch=fit(
             lambda p: max((len(b.tokens) for b in p.branches), default=1), config.branch, "branch tokens (pack.branch)"
         ),
     )
+
+
+def _patches(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> tuple[int, int]:
+    """Room for patches: of a buffer, on average over its trees, and of one tree."""
+    trunks = [[part.tree.trunk for part in group] for group in groups]
+    fullest = max(sum(t.encoded.patches for t in group) for group in trunks)
+    largest = max((t for group in trunks for t in group), key=lambda t: t.encoded.patches)
+    if config.patches is None or not fullest:
+        return fullest, largest.encoded.patches
+    most, average = (
+        bucket_of(largest, n, config.patches, "vision patches (pack.patches)")
+        for n in (largest.encoded.patches, -(-fullest // each))
+    )
+    return max(most, each * average), most
 
 
 def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
@@ -267,16 +304,16 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
         image_slots=np.full((shape.rows, row), -1, np.int32),
         segments=np.full((shape.rows, row), -1, np.int32),
         limits=np.zeros((shape.rows, row), np.int32),
-        trees=np.zeros(shape.rows, np.int32),
         context=np.zeros((shape.rows, shape.context), np.int32),
     )
     path_slots, branch_slots = np.zeros(each, np.int32), np.zeros((each, shape.branches), np.int32)
     scored: list[np.ndarray] = [np.zeros((2, 0), np.int32)]
     count = first = 0
-    for i, part in enumerate(group):
-        starts = _fill_rows(part, first, rows, row)
+    offsets = feature_offsets([part.tree.trunk.encoded for part in group])
+    for i, (part, offset) in enumerate(zip(group, offsets, strict=True)):
+        starts = _fill_rows(part, first, offset, rows, row)
         here = slice(first, first + len(part.rows))
-        rows.trees[here], rows.context[here] = i, np.minimum(first + np.arange(shape.context), shape.rows - 1)
+        rows.context[here] = np.minimum(first + np.arange(shape.context), shape.rows - 1)
         ends = part.tree.trunk.ends
         pieces = [
             (ends[0] - 1, ends[0], part.tree.trunk.path)
@@ -295,8 +332,9 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
     return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), (path_slots, branch_slots)
 
 
-def _fill_rows(part: _Tree, first: int, rows: Rows, row: int) -> list[int]:
-    """Writes a tree into the rows from `first` on; returns where its branches' inputs begin, as if its rows were one."""
+def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, row: int) -> list[int]:
+    """Writes a tree into the rows from `first` on, its features from `offset` on; returns where its branches' inputs begin,
+    as if its rows were one."""
 
     def put(r: int, at: int, tokens, positions, slots, segment: int, limit: int) -> None:
         here = slice(at, at + len(tokens))
@@ -305,10 +343,10 @@ def _fill_rows(part: _Tree, first: int, rows: Rows, row: int) -> list[int]:
         rows.segments[first + r, here], rows.limits[first + r, here] = segment, limit
 
     ends, encoded = part.tree.trunk.ends, part.tree.trunk.encoded
-    starts = [0] * len(part.branches)
+    starts, slots = [0] * len(part.branches), np.where(encoded.image_slots >= 0, encoded.image_slots + offset, -1)
     for r, members in enumerate(part.rows):
         piece = slice(r * row, (r + 1) * row)
-        put(r, 0, encoded.tokens[piece], encoded.positions[:, piece], encoded.image_slots[piece], 0, r * row)
+        put(r, 0, encoded.tokens[piece], encoded.positions[:, piece], slots[piece], 0, r * row)
         at = len(encoded.tokens[piece])
         for m in members:
             tokens, end = part.branches[m].tokens[:-1], ends[part.branches[m].prefix]

@@ -36,7 +36,8 @@ class PackConfig:
       row: tokens per row R, one value.
       branches: branches per tree M.
       branch: tokens of a branch L, substitutes included.
-      patches: vision patches per tree; None pads to the largest of the batch.
+      patches: vision patches of a tree, and per tree on average over those that share a buffer; None pads to the largest of
+        the batch.
       unknown: what truncated, looping or malformed branches count as, "drop" or "unfavourable". A branch whose judge failed
         is always dropped.
       max_pairs: pairs kept per prefix, None for all.

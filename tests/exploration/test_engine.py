@@ -26,7 +26,7 @@ from srpo_jax.models.scoring import score_trees, tree_logprobs
 VOCAB, T, BUDGET, EOS, ENDS = 50, 20, 12, 3, (8, 11, 14, 17)
 PACK = trees.PackConfig(trunk=(T,), path=(T,), rows=(16,), row=BUDGET, branches=(9,), branch=(BUDGET,))
 SAMPLED = SampleConfig(BUDGET, (EOS,))
-SHAPE = EngineShape(trees=2, width=4, branches=9, prefixes=3, pack=PrefillShape(2, T, 2 * T - 5, 12, 24, merge=4))
+SHAPE = EngineShape(trees=2, width=4, branches=9, prefixes=3, pack=PrefillShape(2, T, 2 * T - 5, 12, 24))
 PREFIXES = np.repeat(np.arange(3), 3)
 
 

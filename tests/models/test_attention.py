@@ -29,7 +29,7 @@ def tree_inputs(dtype):
     limits = np.asarray([[[0] * 5, [5, 5, 3, 3, 0], [6, 6, 7, 7, 7], [0] * 5]] * B)
     context = np.asarray([[[0, 1]] * 3 + [[0, 0]]] * B)
     empty = np.zeros((B, N, R), np.int32)
-    rows = Rows(empty, empty, empty, segments, limits, np.zeros((B, N), np.int32), context)
+    rows = Rows(empty, empty, empty, segments, limits, context)
     shapes = [(B, N, R, H, D), (B, N, R, K, D), (B, N, R, K, D)]
     return [jnp.asarray(random(*shape, seed=i, scale=2.0), dtype) for i, shape in enumerate(shapes)], rows
 
