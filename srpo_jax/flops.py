@@ -79,8 +79,9 @@ class TreeSize:
     def of(tree: ReasoningTree, vision: VisionConfig) -> TreeSize:
         """The size of a real tree; images whose features are known take no patches."""
         ends, encoded = tree.trunk.ends, tree.trunk.encoded
-        known = encoded.vision is None or encoded.features is not None
-        images = np.zeros(0, int) if known else np.asarray(encoded.vision.images)
+        images = np.zeros(0, int)
+        if encoded.vision is not None and encoded.features is None:
+            images = np.asarray(encoded.vision.images)
         windows = (images.reshape(-1, vision.window_patches) > 0).sum(-1)
         return TreeSize(
             trunk=len(encoded.tokens),

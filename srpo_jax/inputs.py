@@ -274,19 +274,20 @@ def pack_vision(
 def _fill_vision(
     group: Sequence[Encoded], size: int, patches: int, most: int, nothing: VisionInputs | Features
 ) -> PackedVision | Features:
-    drawn = [e for e in group if e.vision is not None]
     if isinstance(nothing, Features):
-        if any(e.features is None for e in drawn):
+        known = [e.features for e in group if e.features is not None]
+        if len(known) < sum(e.vision is not None for e in group):
             raise ValueError("features of some images are known and of others not: encode all of them, or none")
-        values = np.concatenate([nothing.values, *(e.features for e in drawn)])
-        return Features(pad_to(values, patches // MERGE, 0))
-    joined = (np.concatenate([empty, *(e.vision[i] for e in drawn)]) for i, empty in enumerate(nothing))
+        return Features(pad_to(np.concatenate([nothing.values, *known]), patches // MERGE, 0))
+    drawn = [e.vision for e in group if e.vision is not None]
+    joined = [np.concatenate([empty, *(vision[i] for vision in drawn)]) for i, empty in enumerate(nothing)]
     rows, places = np.full((size, most), patches, np.int32), np.zeros(patches, np.int32)
     for i, (e, offset) in enumerate(zip(group, feature_offsets(group), strict=True)):
         here = np.arange(e.patches)
         rows[i, : e.patches] = MERGE * offset + here
         places[MERGE * offset + here] = i * most + here
-    return PackedVision(*(pad_to(field, patches, 0) for field in joined), rows, places)
+    pixels, positions, images = (pad_to(field, patches, 0) for field in joined)
+    return PackedVision(pixels, positions, images, rows, places)
 
 
 def nothing_of(examples: Sequence[Encoded]) -> VisionInputs | Features | None:

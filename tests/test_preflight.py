@@ -15,11 +15,13 @@ import pytest
 from srpo_jax import config as configs
 from srpo_jax.data import scenes
 from srpo_jax.exploration.trunks import make_trunk
+from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.hf import param_shapes
 from srpo_jax.models.released import config_of, released_config
 from srpo_jax.preflight import programs, report, slices
 from srpo_jax.preflight.advice import advise, candidates, most_trees
 from srpo_jax.recipes import released
+from srpo_jax.training.data import EncodedTrees
 from srpo_jax.trees import ReasoningTree, pack_trees
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,15 +76,19 @@ def test_shapes_are_those_of_a_policy_that_is_loaded(here, changes):
     assert all(x.sharding is not None for x in jax.tree.leaves(setting.params))
 
 
-def test_the_update_is_compiled_for_the_shapes_of_real_batches(here):
+@pytest.mark.parametrize("changes", [{}, {"compute.image_cache": 1.0, "trainable": ("^layers/",)}], ids=str)
+def test_the_update_is_compiled_for_the_shapes_of_real_batches(here, changes):
     """The largest of them: a batch that is packed from records fits into what preflight packs."""
-    config = quickstart()
+    config = quickstart(**changes)
     mesh = here.mesh(**config.mesh)
     setting = programs.Setting.of(config, mesh)
     policy = configs.build_policy(config, mesh)
     trunks = [make_trunk(r, policy.processor) for r in scenes.records("train", 2, 0)]
     pack = dataclasses.replace(setting.run.pack, rows=setting.run.pack.rows[-1:])
-    real, _ = pack_trees([ReasoningTree(t, ()) for t in trunks], pack)
+    real = [ReasoningTree(t, ()) for t in trunks]
+    if setting.run.compute.image_cache:
+        real = EncodedTrees(real, FeatureCache(policy, policy.params, setting.run.compute.dtype, 2**20))
+    real, _ = pack_trees(list(real), pack)
     (_, _, batches), _ = programs.update_program(setting, here.chip).lower().args_info
     assert same(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches), real)
 

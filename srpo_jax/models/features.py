@@ -80,5 +80,5 @@ def _features(tower: nnx.GraphDef, params: Any, vision: VisionInputs, dtype: Any
 def _digest(vision: VisionInputs) -> bytes:
     digest = hashlib.sha256()
     for field in vision:
-        digest.update(np.ascontiguousarray(field))
+        digest.update(np.ascontiguousarray(field).tobytes())
     return digest.digest()

@@ -33,7 +33,7 @@ from srpo_jax.models.quantize import compute_params, is_quantisable, round_to_in
 from srpo_jax.models.released import MAX_PIXELS, config_of
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.state import TrainState, abstract_state
-from srpo_jax.training.step import make_update
+from srpo_jax.training.step import check_image_cache, make_update
 from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk, pack_trees
 
 STEPS = len(GRAMMAR.titles)
@@ -94,6 +94,7 @@ class Setting:
         model = config_of(configs.policy_path(config.policy.path))
         params = abstract_params(config, model, mesh)
         state = abstract_state(params, run.optim.make(), run.trainable, mesh, offload=run.optim.offload)
+        check_image_cache(state, run.compute)
         return Setting(config, run, model, mesh, params, state)
 
     def snapshot(self) -> dict[str, Any]:

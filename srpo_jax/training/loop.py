@@ -38,7 +38,7 @@ from srpo_jax.training.data import BatchConfig, EncodedTrees, StepBatch, step_ba
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
-from srpo_jax.training.step import ComputeConfig, make_update
+from srpo_jax.training.step import ComputeConfig, check_image_cache, make_update
 from srpo_jax.training.workdir import MetricsLog, NoLog, open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, Trunk, check_trunks, select_pairs, usable_branches
 
@@ -182,16 +182,10 @@ def _trunks(policy: Policy, data: Sequence[Record] | Sequence[ReasoningTree], co
 
 
 def _features(policy: Policy, state: TrainState, config: RunConfig) -> FeatureCache | None:
-    """The cache of `compute.image_cache`; ValueError where the tower that it relies on trains."""
+    """The cache of `compute.image_cache`."""
+    check_image_cache(state, config.compute)
     room = int(config.compute.image_cache * 2**30)
-    if not room:
-        return None
-    if moving := sorted(path for path in state.params if path.startswith("vision/")):
-        raise ValueError(
-            f"compute.image_cache={config.compute.image_cache} keeps features of a frozen vision tower, but {len(moving)} of "
-            f"its parameters train ({moving[0]}, ...); set it to 0, or leave the tower out of `trainable`"
-        )
-    return FeatureCache(policy, state.all_params(), config.compute.dtype, room)
+    return FeatureCache(policy, state.all_params(), config.compute.dtype, room) if room else None
 
 
 def _trees(

@@ -59,6 +59,16 @@ class ComputeConfig:
             raise ValueError(f"image_cache={self.image_cache}: a number of GiB, 0 for none")
 
 
+def check_image_cache(state: TrainState, compute: ComputeConfig) -> None:
+    """Raises ValueError where features are kept of a vision tower that trains."""
+    moving = sorted(path for path in state.params if path.startswith("vision/"))
+    if compute.image_cache and moving:
+        raise ValueError(
+            f"compute.image_cache={compute.image_cache} keeps features of a frozen vision tower, but {len(moving)} of its "
+            f"parameters train ({moving[0]}, ...); set it to 0, or leave the tower out of `trainable`"
+        )
+
+
 def tree_loss(
     model: Any,
     batch: TreeBatch,
