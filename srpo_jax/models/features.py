@@ -42,7 +42,10 @@ class FeatureCache:
         """
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
         self.tower, _ = nnx.split(nnx.merge(policy.graphdef, shapes).vision)
-        self.params = compute_params(sharding.local_copy(params["vision"]), dtype)
+        self.params = compute_params(params["vision"], dtype)
+        if jax.process_count() > 1:  # each encodes images of its own, by itself
+            here = jax.local_devices()[0]
+            self.params = jax.tree.map(lambda x: jax.device_put(sharding.to_host(x), here), self.params)
         self.window, self.dtype, self.room = policy.config.vision.window_patches, jnp.dtype(dtype), room
         self.nothing = Features(np.zeros((0, policy.config.text.hidden_size), self.dtype))
         self.encoded = 0
