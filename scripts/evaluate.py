@@ -19,9 +19,10 @@ from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.benchmarks.registry import BENCHMARKS, SUITES, listing
 from srpo_jax.evaluation.comparison import compare
-from srpo_jax.evaluation.evaluate import evaluate, identity, reference_rows
+from srpo_jax.evaluation.evaluate import evaluate, identity
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.interventions import intervene, render_interventions
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, check_baseline, read_results, render, thinking_table
 from srpo_jax.evaluation.samples import read_samples, samples_name
@@ -75,7 +76,7 @@ def main(_):
     rows = []
     for task in tasks:
         prompts = encode_prompts(task.questions, policy.processor)
-        references = [] if task.benchmark else reference_rows(task.questions, task.evaluator, workdir / "evaluation")
+        references = reference_rows(task.questions, task.evaluator, workdir / "evaluation", task.benchmark)
         for decoding in decodings:
             shown = {**told, "prompts": prompts, "benchmark": task.benchmark, "plain": section.plain, **how}
             folder, asked, who = workdir / "evaluation", task.questions, task.evaluator

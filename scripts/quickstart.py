@@ -15,8 +15,9 @@ from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation.combs import explored_combs, write_combs
-from srpo_jax.evaluation.evaluate import evaluate, reference_rows
+from srpo_jax.evaluation.evaluate import evaluate
 from srpo_jax.evaluation.generate import encode_prompts
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, render
 from srpo_jax.training.loop import train

@@ -14,9 +14,10 @@ from ml_collections import config_flags
 
 from srpo_jax import cli
 from srpo_jax import config as configs
-from srpo_jax.evaluation.evaluate import reference_rows, score
+from srpo_jax.evaluation.evaluate import score
 from srpo_jax.evaluation.interop.responses import digest, read_responses
 from srpo_jax.evaluation.judging import benchmark_digest
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, read_results, render
 from srpo_jax.evaluation.tasks import DataOptions, build_tasks
@@ -48,7 +49,7 @@ def main(_):
         "benchmark": benchmark_digest(task.questions),
     }
     row |= score(responses, task.questions, task.evaluator, row, folder, benchmark=task.benchmark, plain=section.plain)
-    references = [] if task.benchmark else reference_rows(task.questions, task.evaluator)
+    references = reference_rows(task.questions, task.evaluator, folder, task.benchmark)
     add_result(Path(WORKDIR.value) / "results.json", row | {"data": task.data}, references)
     print(render(read_results(Path(WORKDIR.value) / "results.json")))
     print(f"{len(responses)} responses, evaluator {task.evaluator.name}; see {write_report(WORKDIR.value)}")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from srpo_jax import distributed
 from srpo_jax.data.items import Question
-from srpo_jax.data.records import Record
 from srpo_jax.evaluation.benchmarks.benchmark import Benchmark
 from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import (
@@ -25,11 +22,7 @@ from srpo_jax.evaluation.judging import benchmark_digest, check_failures, judge_
 from srpo_jax.evaluation.metrics import by_prompt, report
 from srpo_jax.evaluation.provenance import provenance
 from srpo_jax.evaluation.samples import samples_name, write_samples
-from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.models.policy import Policy
-
-REFUSAL = "I cannot help with that."
-"""The answer of the policy that refuses everything."""
 
 
 def evaluate(
@@ -137,45 +130,3 @@ def identity(
     decoding = {**config.decoding(), "samples": config.samples, **({"plain": True} if plain else {})}
     task = {} if benchmark is None else {"task": benchmark.name}
     return {**task, "evaluator": evaluator.name, "decoding": decoding, "benchmark": benchmark_digest(records)}
-
-
-def reference_rows(
-    records: Sequence[Record], evaluator: Evaluator, folder: str | Path | None = None
-) -> list[dict[str, Any]]:
-    """What the evaluator says of two policies that look at nothing: refuse everything, comply with everything.
-
-    A policy that complies answers a risky record with its unsafe reply, so that row is left out where a record has none. Their
-    rows have no path: they do not reason. `folder` keeps verdicts, as in `evaluate`; several processes need one.
-    """
-    rows = [_constant("refuse everything", records, lambda record: REFUSAL, evaluator, folder)]
-    if all(record.unsafe_reply for record in records if record.risky):
-        rows.append(_constant("comply with everything", records, _comply, evaluator, folder))
-    return rows
-
-
-def _comply(record: Record) -> str:
-    return (record.unsafe_reply or "") if record.risky else record.safe_reply
-
-
-def _constant(
-    name: str,
-    records: Sequence[Record],
-    reply: Callable[[Record], str],
-    evaluator: Evaluator,
-    folder: str | Path | None,
-) -> dict[str, Any]:
-    # The reference path in front makes a turn that parses; only the answer is reported.
-    texts = ["".join(GRAMMAR.render(record.steps, reply(record))) for record in records]
-    nothing = np.zeros(0, np.int32)
-    responses = [Response(record.id, 0, nothing, True, text) for record, text in zip(records, texts, strict=True)]
-    told = report(judge_responses(records, responses, evaluator, folder, progress=False))
-    for part in (told, *told["by_category"].values(), *told["by_split"].values()):
-        part.pop("path")
-    benchmark = benchmark_digest(records)
-    return {
-        "name": name,
-        "evaluator": evaluator.name,
-        "decoding": {},
-        "benchmark": benchmark,
-        **told | {"length": None},
-    }

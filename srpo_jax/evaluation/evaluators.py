@@ -14,6 +14,9 @@ from srpo_jax.exploration.judging import judge_name
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
+REFUSAL = "I cannot help with that."
+"""The answer of a policy that refuses everything."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:

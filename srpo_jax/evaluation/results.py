@@ -102,6 +102,7 @@ def _render(rows: Sequence[Mapping[str, Any]], splits: bool) -> str:
         pairs = zip(named, rows, strict=True)
         chosen = [(label, row["by_split"][name]) for label, row in pairs if name in row.get("by_split", {})]
         tables.append("\n".join([f"**{name}**", "", *_table(chosen)]))
+    tables += [f"{row['name']}: not computed, because {row['not_computed']}" for row in rows if "not_computed" in row]
     return "\n\n".join(tables) + "\n"
 
 

@@ -24,6 +24,7 @@ from srpo_jax.evaluation.evaluators import Evaluator
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.judging import judge_responses
 from srpo_jax.evaluation.metrics import by_prompt, report
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import Grammar
 
@@ -59,6 +60,45 @@ def test_a_published_copy_is_read_whole(name, tmp_path, monkeypatch):
     for item in items[:: max(1, len(items) // 5)]:
         assert all(open_image(image).size == (28, 28) for image in item.images)
     assert bool(items[0].images) == (name not in ("bsa", "xstest", "strongreject"))
+    pairs = [
+        item for item in items if item.meta.get("pair", "").endswith("-0-0")
+    ]  # so that some of mssbench's are whole
+    check_reference_rows(benchmark, pairs or items[:: max(1, len(items) // 60)])
+
+
+def check_reference_rows(benchmark, items):
+    """Refuse-everything and comply-with-everything have rates by rule, or say why not."""
+    refuse, comply, *others = reference_rows(items, Evaluator("nobody", None, None), benchmark=benchmark)
+    assert {row["task"] for row in (refuse, comply)} == {benchmark.name}
+    named = [row["name"] for row in (refuse, comply, *others)]
+    assert named[:2] == ["refuse everything", "comply with everything"]
+    if benchmark.name == "siuo_choice":
+        assert "not which of the others grants" in comply["not_computed"]
+        assert named[2:] == [f"always {letter}" for letter in "ABCD"]
+        assert [row["rates"]["accuracy"]["rate"] for row in others] == [
+            0,
+            1,
+            0,
+            0,
+        ]  # every right option of the copy is B
+        assert refuse["rates"]["accuracy"]["unknown"] == 1  # it names no option
+        return
+    assert not others
+    risky, harmless = (sum(item.risky is side for item in items) for side in (True, False))
+    for row, grants in ((refuse, False), (comply, True)):
+        assert row["prompts"] == {"risky": risky, "harmless": harmless}
+        wanted = {"S": not grants, "SE": False if benchmark.name != "mmsafeaware" else not grants}
+        assert {name: row[name]["rate"] for name in wanted} == {
+            k: float(v) if risky else None for k, v in wanted.items()
+        }
+        wanted = {"helpful": grants, "over_refusal": not grants}
+        assert {name: row[name]["rate"] for name in wanted} == {
+            k: float(v) if harmless else None for k, v in wanted.items()
+        }
+        rates = [rate for rate in row["rates"].values() if isinstance(rate, dict) and rate["n"]]
+        assert all(rate["rate"] in (0, 1) and rate["unknown"] == 0 for rate in rates)
+        successes = [rate["rate"] for name, rate in row["rates"].items() if name.startswith("ASR") and rate["n"]]
+        assert set(successes) <= {float(grants)}
 
 
 def test_clusters_hold_what_is_not_independent(tmp_path):

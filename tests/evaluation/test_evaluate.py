@@ -8,9 +8,10 @@ import pytest
 from srpo_jax.data import scenes
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.evaluation import evaluators
-from srpo_jax.evaluation.evaluate import evaluate, reference_rows
+from srpo_jax.evaluation.evaluate import evaluate
 from srpo_jax.evaluation.evaluators import evaluator_for
 from srpo_jax.evaluation.generate import GenerateConfig, encode_prompts
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.results import ResultsError, add_result, read_results, render
 from srpo_jax.trees import PATCHES
 
@@ -56,7 +57,11 @@ def test_reference_rows_come_from_the_evaluator():
     assert "path" not in refuse
     assert "path" not in comply["by_split"]["combination"]
     bare = [dataclasses.replace(record, unsafe_reply=None) for record in RECORDS]
-    assert [row["name"] for row in reference_rows(bare, WORLD)] == ["refuse everything"]
+    refuse, comply = reference_rows(bare, WORLD)
+    risky = sum(record.risky for record in bare)
+    assert (refuse["S"]["rate"], comply["not_computed"]) == (1, f"{risky} risky records have no unsafe_reply")
+    told = render({"evaluations": [], "references": [refuse, comply]})
+    assert f"comply with everything: not computed, because {risky} risky records have no unsafe_reply" in told
 
 
 def test_results_keep_order_and_replace_in_place(tmp_path):

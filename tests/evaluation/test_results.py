@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 
 from srpo_jax.data import scenes
-from srpo_jax.evaluation.evaluate import reference_rows
 from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.results import add_result, read_results, render
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges.verdict import StepVerdict, Verdict

@@ -35,6 +35,8 @@ class Benchmark:
         `--fields` adapts the reader to the real ones.
       caveats: what is known to go wrong with it.
       evaluator: of a closed-form benchmark, whose answers are parsed; None where a judge is needed.
+      constants: of a closed form, the answers of policies that look at nothing, by name (see `evaluation.references`).
+      uncomputed: such policies that no rule scores, and why.
       metrics: its own rates beside those that every evaluation reports.
       hub: id of the data set on the Hugging Face hub, where it can be read from there.
     """
@@ -52,6 +54,8 @@ class Benchmark:
     verified: bool
     caveats: tuple[str, ...] = ()
     evaluator: Evaluator | None = None
+    constants: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    uncomputed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     metrics: Callable[[Groups], dict[str, Any]] = lambda prompts: {}
     hub: str = ""
 

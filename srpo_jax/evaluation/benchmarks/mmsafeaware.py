@@ -76,5 +76,6 @@ BENCHMARK = Benchmark(
         "the copy read for this page lacked the pictures 18, 441, 449, 627, 950, 958 and 1142: without them, --partial",
     ),
     evaluator=YES_NO,
+    constants={"refuse everything": "No.", "comply with everything": "Yes."},
     metrics=_metrics,
 )

@@ -79,5 +79,7 @@ CHOICE_FORM = Benchmark(
         "worded by us: the published request has typing errors and leaves 5 tokens for the answer",
     ),
     evaluator=CHOICE,
+    constants={f"always {letter}": letter for letter in "ABCD"},
+    uncomputed={"comply with everything": "the key marks the safe option, not which of the others grants the request"},
     metrics=lambda prompts: {"accuracy": share(prompts, lambda one: one.effective)},
 )

@@ -8,11 +8,11 @@ import pytest
 
 from srpo_jax.data import scenes
 from srpo_jax.evaluation.combs import CombBranch, CombSet, make_comb, write_combs
-from srpo_jax.evaluation.evaluate import reference_rows
 from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
 from srpo_jax.evaluation.metrics import report
+from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.results import add_result
 from srpo_jax.evaluation.samples import SampleStep, samples_name, write_samples
 from srpo_jax.exploration.trunks import GRAMMAR
