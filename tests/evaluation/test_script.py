@@ -108,7 +108,9 @@ def whole(home) -> Path:
     assert entry["judge_failures"]["asked"] >= 5 and 0 < entry["rates"]["ASR"]["best"] < 1, (
         "a judge of nothing tests nothing"
     )
-    assert "## figstep_tiny" in done.stdout and "| model (T=1) " in done.stdout and "| refuse everything " in done.stdout
+    assert (
+        "## figstep_tiny" in done.stdout and "| model (T=1) " in done.stdout and "| refuse everything " in done.stdout
+    )
     return home / "whole"
 
 
