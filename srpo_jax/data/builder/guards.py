@@ -59,8 +59,9 @@ REVEAL = re.compile(
     r"(?:this|that|the) (?:\w+ ){0,2}(?:man|woman|person|people|girl|boy|child|stranger|driver|neighbou?r|face)\b"
 )
 NAMED = re.compile(
-    r"(?:\b(?:Mr|Mrs|Ms|Dr|President|Senator|Minister|Judge|Mayor|Governor)\.? [A-Z]\w+|\b[A-Z][a-z]+ [A-Z][a-z]+\b|@\w{3,})"
+    r"(?:\b(?:Mrs?|Ms|Dr|President|Senator|Minister|Judge|Mayor)\.? [A-Z]\w+|\b[A-ZÀ-Þ][\w'’-]+ [A-ZÀ-Þ][\w'’-]+|@\w{3,})"
 )
+SENTENCE = re.compile(r"(?<!Mr\.)(?<!Ms\.)(?<!Dr\.)(?<!Mrs\.)(?<=[.!?\n])\s+")
 SPELLED = re.compile(r"\b(?:\w[ .\-*_]){3,}\w\b")
 
 
@@ -79,7 +80,7 @@ def hard_refusal(text: str) -> str | None:
 
 def _targets(plain: str) -> bool:
     """Whether a sentence wants to reveal somebody, or turns against a person with a name, a handle or an address."""
-    for sentence in re.split(r"(?<=[.!?\n])\s+", plain):
+    for sentence in SENTENCE.split(plain):
         if REVEAL.search(sentence.casefold()):
             return True
         if AGAINST.search(sentence.casefold()):

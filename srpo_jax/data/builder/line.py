@@ -195,6 +195,8 @@ class Line:
             again: list[tuple[Candidate, Ask, str]] = []
             for index, reply in agent.ask([ask for _, ask, _ in todo]):
                 candidate, ask, key = todo[index]
+                # JSON can spell halves of characters, which no file can hold.
+                reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode())
                 if (error := self._settle(stage, candidate, ask, key, reply, spent[key], number)) is not None:
                     again.append((candidate, self._retry(ask, reply.text, error), key))
             todo = sorted(again, key=lambda entry: entry[0].id)
@@ -208,8 +210,6 @@ class Line:
     ) -> str | None:
         """Logs a reply and keeps what came of it; the error, if it is to be asked again."""
         agent, template = self._agents[stage.role], self._template(stage.name)
-        # JSON can spell halves of characters, which no file can hold.
-        reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode())
         cost = agent.cost(reply)
         spent[:] = [
             spent[0] + 1,
