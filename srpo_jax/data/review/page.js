@@ -22,6 +22,7 @@ function make(tag, attributes = {}, ...children) {
 }
 const code = (sign) => "U+" + sign.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
 const plain = (text, length = 4000) => String(text).slice(0, length).replace(SIGNS, (sign) => `[${code(sign)}]`) + (String(text).length > length ? " …" : "");
+const several = (n, what) => `${n} ${what}${n === 1 ? "" : "s"}`;
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 
 let fading = 0;
@@ -148,7 +149,7 @@ function paint(row) {
   const label = labelOf(row);
   line.replaceChildren(
     make("span", {class: "line"}, plain(row.question, 80)),
-    make("span", {class: "soft"}, label ? make("span", {class: `mark ${label}`}, `${label} `) : "", plain([row.category || "harmless", row.findings ? `${row.findings} findings` : ""].filter(Boolean).join(" · "))),
+    make("span", {class: "soft"}, label ? make("span", {class: `mark ${label}`}, `${label} `) : "", plain([row.category || "harmless", row.findings ? several(row.findings, "finding") : ""].filter(Boolean).join(" · "))),
   );
   line.setAttribute("aria-current", row.index === (view && view.row.index));
 }
@@ -262,7 +263,7 @@ function hiddenSigns(name, input, signs) {
   const kinds = [...new Set(signs.map(code))].slice(0, 8).join(", ");
   const clean = () => { input.value = input.value.replace(SIGNS, ""); edits[name] = input.value; mark(); typed(); };
   const button = DECIDED.includes(view.row.mine) ? "" : make("button", {type: "button", class: "link", onclick: clean}, "remove them");
-  return make("p", {class: "hidden-signs"}, `${signs.length} signs that cannot be seen: ${kinds} `, button);
+  return make("p", {class: "hidden-signs"}, `${several(signs.length, "sign")} that cannot be seen: ${kinds} `, button);
 }
 
 function panels() {
