@@ -2,8 +2,8 @@
 
 python scripts/data_report.py --data=DIR/records.jsonl [--out=DIR] [--model=CHECKPOINT [--tower]]
 
-Counts, lengths, what question or picture alone give away, near-duplicates, pictures that cannot be opened, samples; with --model
-the tokens of each record as this checkpoint sees them, and with --tower what its vision tower reads in the pictures.
+Counts, lengths, what question or picture alone give away, near-duplicates, pictures that cannot be opened, samples; with
+--model the tokens of each record as this checkpoint sees them, and with --tower what its vision tower reads in the pictures.
 """
 
 from pathlib import Path
@@ -39,10 +39,10 @@ def main(_):
     records = load_records(
         open_records(DATA.value, form, SPLIT.value, image_folder=IMAGES.value), max_broken=MAX_BROKEN.value
     )
-    policy = load_policy(MODEL.value) if TOWER.value else None
-    processor = policy.processor if policy else None
-    if MODEL.value and processor is None:
-        processor = Processor.load(MODEL.value, read_config(MODEL.value))
+    policy = processor = None
+    if MODEL.value:
+        policy = load_policy(MODEL.value) if TOWER.value else None
+        processor = policy.processor if policy else Processor.load(MODEL.value, read_config(MODEL.value))
     measured = measure(
         records,
         processor=processor,

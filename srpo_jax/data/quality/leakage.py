@@ -1,7 +1,7 @@
 """What the question alone, or the picture alone, gives away of whether a record is risky.
 
-In SSUI data the risk lies in the two together. A classifier that reads one of them only should therefore be no better than chance;
-if it is better, so can a model be that never looks at the other, and both training and evaluation measure less than they claim.
+In SSUI data the risk lies in the two together. A classifier that reads one of them only should therefore be no better than
+chance; if it is better, so can a model be that never looks at the other, and training and evaluation measure less than they claim.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def leak(
     """How well a reader of `inputs` tells risky records from harmless ones that it was not trained on.
 
     Five-fold cross-validation in which clusters stay whole, so that a twin never gives away its twin. Intervals are 95 %
-    percentiles of a bootstrap over clusters, of the scores as they came (the reader is not trained anew). Where classes are balanced
-    within what the reader sees, an AUC somewhat below 0.5 is usual: what is left out is opposite to what is left in.
+    percentiles of a bootstrap over clusters, of the scores as they came (the reader is not trained anew). Where classes are
+    balanced within what the reader sees, an AUC below 0.5 is usual: what is left out is opposite to what is left in.
 
     Args:
       reader: makes an untrained classifier from a seed, such as `text_reader`.
@@ -104,8 +104,8 @@ def leak(
 
     Returns:
       "n", "clusters", "verdict": "leak" if the interval of the AUC lies above 0.5, "none found", or "not measured" with a
-      "reason"; if measured, "auc" and "accuracy" (balanced, at the threshold 0.5), each {"value", "low", "high"}, and "told": the
-      places of the records that were given away most clearly, at most eight.
+      "reason"; if measured, "auc" and "accuracy" (balanced, at the threshold 0.5), each {"value", "low", "high"}, and "told":
+      the places of the records that were given away most clearly, at most eight.
     """
     labels, names = np.asarray(risky, bool), np.asarray(clusters)
     counts = {"n": len(labels), "clusters": len(set(clusters))}

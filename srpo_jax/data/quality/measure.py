@@ -48,9 +48,11 @@ def measure(
       ("unreadable" lists id and fault), "leakage" (see `leakage.leak`), "duplicates", and "tokens" if there is a processor.
     """
     pictures = _Pictures(records, processor, policy, progress)
-    readable = [i for i in range(len(records)) if pictures.features[i] is not None]
+    readable = sorted(pictures.features)
     risky, clusters = [r.risky for r in records], [r.cluster for r in records]
-    readers = {"question": (leakage.text_reader, [r.question for r in records], range(len(records)))}
+    readers: dict[str, tuple[Callable[[int], Any], Any, Sequence[int]]] = {
+        "question": (leakage.text_reader, [r.question for r in records], range(len(records)))
+    }
     if readable:
         seen = np.stack([pictures.features[i] for i in readable])
         readers["picture"] = (leakage.pixel_reader, seen, readable)
@@ -75,7 +77,7 @@ class _Pictures:
     """One pass over the pictures: their faults, hashes, features and tokens. No more than a batch of them is held.
 
     Attributes:
-      features: per record, float32[506], the mean over its pictures; None without a readable picture.
+      features: place of a record → float32[506], the mean over its pictures; records without a readable one are absent.
       towers: what the vision tower makes of the records with features, in order.
       hashes: uint8[32] of each readable picture, with the place of its record in `owners`.
     """
@@ -87,8 +89,10 @@ class _Pictures:
         policy: Policy | None,
         progress: Callable[[Iterable[int]], Iterable[int]],
     ):
-        self.count, self.faults, self.sizes = 0, [], []
-        self.features: list[np.ndarray | None] = []
+        self.count = 0
+        self.faults: list[dict[str, str]] = []
+        self.sizes: list[int] = []
+        self.features: dict[int, np.ndarray] = {}
         self.hashes: list[np.ndarray] = []
         self.owners: list[int] = []
         self.towers: list[np.ndarray] = []
@@ -96,7 +100,8 @@ class _Pictures:
         waiting: list[list[PIL.Image.Image]] = []
         for index in progress(range(len(records))):
             opened = self._open(records[index], index)
-            self.features.append(np.mean([leakage.pixel_features(p) for p in opened], axis=0) if opened else None)
+            if opened:
+                self.features[index] = np.mean([leakage.pixel_features(p) for p in opened], axis=0)
             if len(opened) == len(records[index].images):
                 self.tokens.add(records[index], opened)
             waiting += [opened] if opened and policy is not None else []
@@ -219,7 +224,9 @@ def _duplicates(records: Sequence[Record], pictures: _Pictures) -> dict[str, Any
 
 
 def _pairs(records: Sequence[Record], near: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    touched, crossing, labels, examples = set(), 0, 0, []
+    touched: set[int] = set()
+    examples: list[list[str]] = []
+    crossing = labels = 0
     for i, j in near:
         if i == j or records[i].cluster == records[j].cluster:
             continue

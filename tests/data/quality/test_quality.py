@@ -1,5 +1,5 @@
-"""Promises of the quality report: a leak that is there is found, one that is not is not; duplicates, faults and tokens are counted
-right; a hostile record does nothing."""
+"""Promises of the quality report: a leak that is there is found, one that is not is not; duplicates, faults and tokens are
+counted right; a hostile record does nothing."""
 
 import dataclasses
 import html.parser
