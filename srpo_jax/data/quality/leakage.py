@@ -1,7 +1,7 @@
 """What the question alone, or the picture alone, gives away of whether a record is risky.
 
 In SSUI data the risk lies in the two together. A classifier that reads one of them only should therefore be no better than
-chance; if it is better, so can a model be that never looks at the other, and training and evaluation measure less than they claim.
+chance; if it is better, so can a model be that never looks at the other, and what is measured is less than is claimed.
 """
 
 from __future__ import annotations
