@@ -4,7 +4,9 @@ Two ways to ask one. `rubric`: one forward, and the verdict is read from the pro
 p(unsafe) is a number with a threshold of yours. `guardreasoner`: the model reasons in text and ends with a result, in the
 format of GuardReasoner-VL (Liu et al. 2025, arXiv 2505.11049); it tells harm and nothing else.
 
-A guard of the policy's architecture shares its compiled programs where the shapes are the same: parameters are arguments.
+Prompts of a rubric about one record (its steps, its branches) are branches of one tree: they share the pictures, encoded once,
+and all tokens up to where they differ. A guard of the policy's architecture shares its compiled programs where the shapes are
+the same: parameters are arguments.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +32,7 @@ from srpo_jax.exploration.engine import EngineShape
 from srpo_jax.exploration.judging import Pair
 from srpo_jax.exploration.sampler import SampleConfig
 from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
-from srpo_jax.inputs import Encoded, Inputs, batch_inputs
+from srpo_jax.inputs import Encoded
 from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.settings import read_settings
 from srpo_jax.judges.verdict import StepVerdict, Verdict
@@ -38,12 +41,15 @@ from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.policy import Policy, load_policy
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.paths import ParsedPath
-from srpo_jax.trees import PATCHES, Ladder, bucket
+from srpo_jax.trees import PATCHES, Branch, Ladder, PackConfig, ReasoningTree, TreeBatch, Trunk, bucket, pack_trees
 
 T = TypeVar("T")
 ANSWER_LABELS, STEP_LABELS = "ABCD", "ABC"
 """Letters of the templates `rubric` and `rubric_step`; A is unsafe, the last is what one wishes for."""
 STYLES = ("rubric", "guardreasoner")
+TOGETHER = 8
+"""Most prompts that share a trunk; more of one record go to further trees."""
+ROWS: Ladder = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +65,7 @@ class GuardConfig:
       threshold: of p(unsafe), from which an answer or step is unsafe (rubric).
       min_mass: least probability of the labels together; with less the model is not answering the question (rubric).
       max_tokens: of the reasoning and result (guardreasoner).
-      batch: prompts that run together; the last batch is filled up.
+      batch: trees that run together, of up to `TOGETHER` prompts about one record; the last batch is filled up.
       trunk: ladder of prompt lengths.
       patches: ladder of vision patches per prompt; None takes the largest of each batch.
       max_image_tokens: see `models.processor.Processor`.
@@ -122,11 +128,11 @@ class GuardJudge(Generic[T]):
         policy: Policy,
         config: GuardConfig,
         template: Template,
-        answer: Callable[[Sequence[Encoded]], Any],
+        answer: Callable[[Sequence[Sequence[Encoded]]], Sequence[Any]],
         read: Callable[[Sequence[Any]], T],
         stepwise: bool = False,
     ):
-        """`answer` runs prompts, `read` makes a verdict of the outputs for one pair."""
+        """`answer` runs groups of prompts about one record each, `read` makes a verdict of the outputs for one pair."""
         self._policy, self._config, self._template = policy, config, template
         self._answer, self._read, self._stepwise = answer, read, stepwise
         made = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("path", "batch", "trunk", "patches")}
@@ -148,25 +154,40 @@ class GuardJudge(Generic[T]):
         asked = [(index, number) for index, wanted in enumerate(numbers) for number in wanted]
         yield from ((index, self._read([])) for index, wanted in enumerate(numbers) if not wanted)
         outputs: dict[int, list[Any]] = collections.defaultdict(list)
-        for start in range(0, len(asked), self._config.batch):
-            chunk = asked[start : start + self._config.batch]
-            answers = self._answer([self._encode(*pairs[index], number) for index, number in chunk])
-            for (index, _), output in zip(chunk, answers, strict=True):
+        for places, answers in self._ask(pairs, asked):
+            for index, output in zip(places, answers, strict=True):
                 outputs[index].append(output)
                 if len(outputs[index]) == len(numbers[index]):
                     yield index, self._read(outputs.pop(index))
+
+    def _ask(
+        self, pairs: Sequence[Pair], asked: Sequence[tuple[int, int | None]]
+    ) -> Iterator[tuple[list[int], Sequence[Any]]]:
+        """(index of the pair of each prompt, outputs), batch by batch in order."""
+        one_record = itertools.groupby(asked, key=lambda one: id(pairs[one[0]][0]))
+        groups = [
+            some[i : i + TOGETHER] for _, g in one_record for some in [list(g)] for i in range(0, len(some), TOGETHER)
+        ]
+        for start in range(0, len(groups), self._config.batch):
+            chunk = groups[start : start + self._config.batch]
+            encoded = [self._encode(pairs[group[0][0]][0], [(pairs[i][1], n) for i, n in group]) for group in chunk]
+            yield [index for group in chunk for index, _ in group], self._answer(encoded)
 
     def _numbers(self, path: ParsedPath) -> list[int | None]:
         if self._stepwise:
             return [*range(1, len(path.steps) + 1)]
         return [None] if path.answer else []
 
-    def _encode(self, record: Any, path: ParsedPath, number: int | None) -> Encoded:
-        prompt = self._template.render(record, path, number)
+    def _encode(self, record: Any, asked: Sequence[tuple[ParsedPath, int | None]]) -> list[Encoded]:
+        """Prompts about one record."""
+        prompts = [self._template.render(record, path, number) for path, number in asked]
         try:
             images = [open_image(image) for image in record.images]
-            encoded = self._policy.processor.encode(images, prompt.user, prompt.system)
-            bucket(len(encoded.tokens), self._config.trunk, "prompt tokens of the guard (trunk)")
+            encoded: list[Encoded] = []
+            for system, some in itertools.groupby(prompts, key=lambda prompt: prompt.system):
+                encoded += self._policy.processor.encode_about(images, [prompt.user for prompt in some], system)
+            longest = max(len(one.tokens) for one in encoded)
+            bucket(longest, self._config.trunk, "prompt tokens of the guard (trunk)")
         except ValueError as error:
             raise ValueError(f"record {record.id!r}: {error}") from error
         return encoded
@@ -205,22 +226,58 @@ def label_ids(policy: Policy, labels: str) -> np.ndarray:
     return np.asarray(ids, np.int32)[:, 0]
 
 
-def label_logprobs(policy: Policy, config: GuardConfig, ids: np.ndarray, prompts: Sequence[Encoded]) -> np.ndarray:
-    """float32[n, labels]: log-prob of each label as the first token of the reply, under the raw model."""
-    inputs = _inputs(config, prompts)
-    return np.asarray(_first_logprobs(policy.graphdef, policy.params, inputs, ids))[: len(prompts)]
+def label_logprobs(
+    policy: Policy, config: GuardConfig, ids: np.ndarray, groups: Sequence[Sequence[Encoded]]
+) -> list[np.ndarray]:
+    """float32[labels] of each prompt: log-prob of each label as the first token of the reply, under the raw model."""
+    trees = [tree for group in groups for tree in shared_trees(group, int(ids[0]))]
+    found: list[np.ndarray] = []
+    for start in range(0, len(trees), config.batch):
+        part = trees[start : start + config.batch]
+        longest = max(len(branch.tokens) - 1 for tree in part for branch in tree.branches)
+        row = bucket(longest, config.trunk, "prompt tokens of the guard (trunk)")
+        few = all(len(tree.branches) == 1 for tree in part)
+        pack = PackConfig(
+            trunk=config.trunk, path=(1,), rows=ROWS, row=row, branches=(1 if few else TOGETHER,), branch=(row + 1,),
+            patches=config.patches,
+        )  # fmt: skip
+        batch, _ = pack_trees(part, pack, size=config.batch)
+        scores = np.asarray(_label_logprobs(policy.graphdef, policy.params, batch, ids))
+        found += [score for tree, of_tree in zip(part, scores, strict=False) for score in of_tree[: len(tree.branches)]]
+    return found
+
+
+def shared_trees(prompts: Sequence[Encoded], label: int) -> list[ReasoningTree]:
+    """Prompts of the same pictures as one tree: what they share is the trunk, the rest of each a branch, which ends in `label`.
+
+    Prompts that differ before the end of their pictures, and those that are equal, are trees of their own.
+    """
+    least = min(len(one.tokens) for one in prompts)
+    heads = np.stack([one.tokens[:least] for one in prompts])
+    same = np.flatnonzero((heads != heads[0]).any(axis=0))
+    shared = min(int(same[0]) if len(same) else least, least - 1)
+    distinct = len({one.tokens.tobytes() for one in prompts}) == len(prompts)
+    if len(prompts) > 1 and not (distinct and (prompts[0].image_slots[shared:] < 0).all()):
+        return [tree for one in prompts for tree in shared_trees([one], label)]
+    # The trunk has one token more, because a path has one; no branch sees it.
+    trunk = Trunk("a guard's prompt", prompts[0].prefix(shared + 1), (shared, shared + 1))
+    rests = [np.asarray([*one.tokens[shared:], label], np.int32) for one in prompts]
+    branches = [Branch(0, rest, np.zeros(len(rest), np.float32), "ok", verdict=True) for rest in rests]
+    return [ReasoningTree(trunk, tuple(branches))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _first_logprobs(graphdef: Any, params: Any, inputs: Inputs, ids: jax.Array) -> jax.Array:
+def _label_logprobs(graphdef: Any, params: Any, batch: TreeBatch, ids: jax.Array) -> jax.Array:
+    """float32[B, M, labels], in place of the last token of each branch."""
     model: Qwen2_5_VL = nnx.merge(graphdef, params)
-    hidden, _ = model.trunk(inputs, model.encode_images(inputs.vision))
-    last = jnp.take_along_axis(hidden, inputs.lengths[:, None, None] - 1, axis=1)[:, 0]
-    return jax.nn.log_softmax(head_logits(last, model.output_embedding))[:, ids]
+    hidden = model.comb(batch.rows, model.encode_images(batch.vision)).reshape(-1, model.embed[...].shape[1])
+    last = batch.predictors[0][batch.branch_slots + jnp.maximum(batch.lengths, 1) - 1]
+    return jax.nn.log_softmax(head_logits(hidden[last], model.output_embedding))[..., ids]
 
 
-def write(policy: Policy, config: GuardConfig, prompts: Sequence[Encoded]) -> list[tuple[str, bool]]:
+def write(policy: Policy, config: GuardConfig, groups: Sequence[Sequence[Encoded]]) -> list[tuple[str, bool]]:
     """Greedy replies as text, and whether each ended by itself."""
+    prompts = [prompt for group in groups for prompt in group]
     length, patches = _sizes(config, prompts)
     pack = prefill_shape(config.batch, length, patches, policy.config.vision)
     shape = EngineShape(trees=config.batch, width=1, branches=1, prefixes=1, pack=pack)
@@ -232,13 +289,6 @@ def write(policy: Policy, config: GuardConfig, prompts: Sequence[Encoded]) -> li
         (policy.processor.decode(one.tokens[0, : one.lengths[0]].tolist()), bool(one.stopped[0]))
         for _, one in sorted(drawn.items())
     ]
-
-
-def _inputs(config: GuardConfig, prompts: Sequence[Encoded]) -> Inputs:
-    """One batch at shapes of the ladders, filled up with its first prompt."""
-    filled = [*prompts, *[prompts[0]] * (config.batch - len(prompts))]
-    length, patches = _sizes(config, prompts)
-    return batch_inputs(filled, length, patches or None)
 
 
 def _sizes(config: GuardConfig, prompts: Sequence[Encoded]) -> tuple[int, int]:

@@ -172,19 +172,32 @@ class Processor:
         counts = iter(rows * columns for rows, columns in grids)
         repeats = [next(counts) if token == self.config.image_token_id else 1 for token in before]
         tokens = np.asarray([*np.repeat(before, repeats), *self.tokenize(question), *after], np.int32)
-        limit = self.config.text.max_position_embeddings
-        if len(tokens) > limit:
-            raise ValueError(
-                f"the prompt has {len(tokens)} tokens, the model's context {limit}; shorten the question or lower "
-                "max_image_tokens"
-            )
         vision, slots = geometry.lay_out_images(patches, grids, self.config.vision) if stills else (None, [])
-        return Encoded(
+        encoded = Encoded(
             tokens=tokens,
             positions=geometry.mrope_positions(tokens, grids, self.config),
             image_slots=geometry.image_slots(tokens, grids, slots, self.config),
             vision=vision,
         )
+        return self._within(encoded)
+
+    def encode_about(self, images: Sequence[Image.Image], questions: Sequence[str], system: str = "") -> list[Encoded]:
+        """As `encode` for each of several questions about the same images, which are resized and cut into patches once."""
+        first = self.encode(images, questions[0], system)
+        after = self._frame(len(images), system)[1]
+        shared = first.prefix(len(first.tokens) - len(after) - len(self.tokenize(questions[0])))
+        others = [shared.append([*self.tokenize(question), *after]) for question in questions[1:]]
+        return [first, *map(self._within, others)]
+
+    def _within(self, encoded: Encoded) -> Encoded:
+        """The prompt itself; ValueError if the context does not hold it."""
+        limit = self.config.text.max_position_embeddings
+        if len(encoded.tokens) > limit:
+            raise ValueError(
+                f"the prompt has {len(encoded.tokens)} tokens, the model's context {limit}; shorten the question or lower "
+                "max_image_tokens"
+            )
+        return encoded
 
     def tokenize(self, text: str) -> list[int]:
         """Ids of plain text: nothing is added, and spelled-out special tokens stay ordinary characters.

@@ -16,6 +16,7 @@ from srpo_jax.evaluation.generate import GenerateConfig, encode_prompts, generat
 from srpo_jax.judges import guard
 from srpo_jax.judges.guard import GuardConfig, guard_judge, read_label, read_result, read_step_labels
 from srpo_jax.judges.registry import JudgeError, make_judge
+from srpo_jax.models.fingerprint import input_fingerprint
 from srpo_jax.paths import Grammar, parse
 
 RECORDS = scenes.records("test_id", 4)
@@ -56,9 +57,49 @@ def test_verdicts_do_not_depend_on_the_batch_and_are_named_by_all_they_depend_on
     assert judge.name.startswith("guard:tiny:short@")
 
 
+def test_pictures_are_encoded_once_for_all_steps_of_a_response(config, other, monkeypatch):
+    patches, scores = [], []
+
+    def counted(graphdef, params, batch, ids):
+        patches.append(int(np.sum(batch.vision.images > 0)))
+        scores.append(np.asarray(label(graphdef, params, batch, ids)))
+        return scores[-1]
+
+    label = guard._label_logprobs
+    monkeypatch.setattr(guard, "_label_logprobs", counted)
+    pictures = [other.processor.encode(r.images, "").vision.images for r in RECORDS]
+    once = sum(int(np.sum(images > 0)) for images in pictures)
+    judge = guard_judge(config, other).steps
+    shared = dict(judge.batch(PAIRS))
+    assert sum(patches) == once
+    prompts = [judge._encode(record, [(path, number) for number in range(1, 7)]) for record, path in PAIRS]
+    together = judge._answer(prompts)
+    patches.clear()
+    apart = judge._answer([[one] for group in prompts for one in group])
+    assert sum(patches) == 6 * once
+    np.testing.assert_allclose(together, apart, atol=1e-5)
+    monkeypatch.setattr(guard, "TOGETHER", 4)  # more prompts than a tree takes
+    assert dict(judge.batch(PAIRS)) == shared
+
+
+def test_prompts_that_differ_before_their_pictures_end_share_nothing(other):
+    images = RECORDS[0].images
+    asked = [other.processor.encode(images, "A?", "Judge."), other.processor.encode(images, "B?", "Judge well.")]
+    assert [len(tree.branches) for tree in guard.shared_trees(asked, 5)] == [1, 1]
+    alike = other.processor.encode_about(images, ["A?", "B of this?", "A?"], "Judge.")
+    assert [len(tree.branches) for tree in guard.shared_trees(alike, 5)] == [1, 1, 1]
+    [tree] = guard.shared_trees(alike[:2], 5)
+    for branch, one in zip(tree.branches, alike, strict=False):
+        tokens = [*tree.trunk.encoded.tokens[: tree.trunk.ends[0]], *branch.tokens]
+        assert tokens == [*one.tokens, 5]
+    for one, question in zip(alike, ["A?", "B of this?", "A?"], strict=True):
+        assert input_fingerprint(one) == input_fingerprint(other.processor.encode(images, question, "Judge."))
+        np.testing.assert_array_equal(one.positions, other.processor.encode(images, question, "Judge.").positions)
+
+
 def test_the_threshold_decides(config, other):
     judge = guard_judge(config, other)
-    told = [judge._answer([judge._encode(*pair, None)])[0] for pair in PAIRS]
+    told = [judge._answer([judge._encode(record, [(path, None)])])[0] for record, path in PAIRS]
     unsafe = [float(np.exp(x[0]) / np.exp(x).sum()) for x in told]
     for share in unsafe:
         for threshold, safe in ((share * 0.999, False), (share * 1.001, True)):
@@ -116,6 +157,16 @@ def test_a_guard_of_the_policys_architecture_compiles_no_model(config, other, ti
         assert compiled(caplog) > {"jit(broadcast_in_dim)"}  # another shape is heard
     assert [verdict.safe for verdict in verdicts.values()] == [None] * 4
     assert all(verdict.reason.startswith(("cut", "unparsable")) for verdict in verdicts.values())
+
+
+def test_rubric_guards_of_one_architecture_share_their_program(config, other, tiny_policy, caplog):
+    config = dataclasses.replace(config, trunk=(320,))  # a shape of this test's own
+    with jax.log_compiles():
+        list(guard_judge(config, other).batch(PAIRS))
+        assert "jit(_label_logprobs)" in compiled(caplog)
+        caplog.clear()
+        list(guard_judge(config, tiny_policy).batch(PAIRS))
+        assert compiled(caplog) == set()
 
 
 FORM = "<think>\n{}\n</think>\n<result>\nRequest: {}\nResponse: {}\n</result>"

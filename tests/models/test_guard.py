@@ -25,7 +25,7 @@ def test_p_unsafe_is_that_of_transformers(checkpoint, picture, tmp_path, variant
     path = ParsedPath(Status.OK, (), "shown in the picture")
     config = GuardConfig(str(made.folder), template=str(template), min_mass=0.0, batch=3, trunk=(128,), patches=None)
     judge = guard_judge(config, made.policy)
-    ours = judge._answer([judge._encode(record, path, None) for record in records])
+    ours = judge._answer([judge._encode(record, [(path, None)]) for record in records])
     labels = [made.policy.processor.tokenize(letter)[0] for letter in "ABCD"]
     for record, logprobs in zip(records, ours, strict=True):
         with torch.no_grad():
