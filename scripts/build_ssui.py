@@ -26,6 +26,7 @@ CONTACT = flags.DEFINE_string("contact", None, "Where people ask for a removal; 
 MANIFEST = flags.DEFINE_string("manifest", None, "JSON lines with licence, source and description of each picture.")
 LICENCE = flags.DEFINE_string("licence", "", "Of every picture of which the manifest tells none.")
 SOURCE = flags.DEFINE_string("source", "", "The same for where it comes from.")
+REMOVED = flags.DEFINE_string("removed", None, "SHA-256 of pictures that must not come back, one per line.")
 QUERIES = flags.DEFINE_integer("queries", 2, "Risky requests per picture, at most.")
 TRIES = flags.DEFINE_integer("tries", 3, "Of a question whose answers cannot be used.")
 REVISIONS = flags.DEFINE_integer("revisions", 1, "Of a path that reflection sends back.")
@@ -56,10 +57,11 @@ def local_agent(values: dict[str, Any]) -> Any:
 
 def main(_):
     shares = {"train": 1 - TEST.value} | ({"test": TEST.value} if TEST.value else {})
+    removed = frozenset(Path(REMOVED.value).read_text(encoding="utf-8").split()) if REMOVED.value else frozenset()
     config = BuildConfig(
         NAME.value,
         CONTACT.value,
-        IntakeConfig(LICENCE.value, SOURCE.value),
+        IntakeConfig(LICENCE.value, SOURCE.value, removed=removed),
         queries=QUERIES.value,
         revisions=REVISIONS.value,
         tries=TRIES.value,

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -84,19 +85,23 @@ class IntakeConfig:
       source: the same for where they come from.
       duplicate_bits: pictures whose hashes (256 bits) differ in at most so many are copies; the first by name stays.
       related_bits: the same for pictures that share a split.
+      removed: SHA-256 of pictures, as given or as stored, that somebody had taken out: they do not come back.
 
     Raises:
-      ValueError: bits out of range.
+      ValueError: bits out of range, or what is no SHA-256.
     """
 
     licence: str = ""
     source: str = ""
     duplicate_bits: int = 16
     related_bits: int = 48
+    removed: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not 0 <= self.duplicate_bits <= self.related_bits <= 256:
             raise ValueError("0 <= duplicate_bits <= related_bits <= 256 must hold")
+        if wrong := sorted(one for one in self.removed if not re.fullmatch("[0-9a-f]{64}", one)):
+            raise ValueError(f"removed: {wrong[0]!r} is no SHA-256 in lower-case hexadecimal digits")
 
 
 def read_manifest(path: str | Path | None) -> dict[str, dict[str, str]]:
@@ -177,6 +182,9 @@ def take_in(
                 aside.append(SetAside(name, name, "intake", f"no {missing[0]}", what))
                 continue
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            if sha256 in config.removed:
+                aside.append(SetAside(name, name, "intake", "removed", "it was taken out on request"))
+                continue
             key = f"{sha256}:{tag}"
             line = known.get(key)
             if line is None or ("stored" in line and not (output / line["stored"]).is_file()):
@@ -185,6 +193,9 @@ def take_in(
                     store.append(line)
             if "reason" in line:
                 aside.append(SetAside(name, name, "intake", line["kind"], line["reason"]))
+                continue
+            if line["stored_sha256"] in config.removed:
+                aside.append(SetAside(line["id"], name, "intake", "removed", "it was taken out on request"))
                 continue
             own = {field: line[field] for field in ("id", "stored", "stored_sha256", "hash")}
             findings = tuple(Finding(**finding) for finding in line["findings"])

@@ -157,6 +157,25 @@ def test_an_unusable_answer_is_asked_again_with_the_error_in_view_and_no_more_th
     assert run(folder, more, tries=3).records  # more tries are another chance
 
 
+def test_a_moderator_that_does_not_answer_properly_lets_nothing_pass(one_scene):
+    folder, world = one_scene
+    good = obedient(world)
+    agent = Scripted(lambda ask: "It looks fine to me." if ask.name == "moderate_image" else good(ask))
+    built = run(folder, agent)
+    assert {ask.name for ask in agent.asked} == {"moderate_image"} and not built.records
+    assert not [*(folder / "out/images").iterdir()]
+
+
+def test_pictures_leave_with_the_flag_and_descriptions_without(one_scene):
+    folder, world = one_scene
+    agent = Scripted(obedient(world))
+    agent.remote = True
+    with pytest.raises(ValueError, match="--images_may_leave"):
+        run(folder, agent)
+    assert not agent.asked
+    assert run(folder, agent, images_may_leave=True).records
+
+
 def test_a_refusal_is_not_asked_again_and_no_answer_is_asked_in_the_next_run(one_scene):
     folder, world = one_scene
     good = obedient(world)

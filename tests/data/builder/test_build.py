@@ -141,6 +141,18 @@ def test_text_only_adjudication_shows_no_picture_and_keeps_what_is_safe_alone(bu
     assert unsafe and not unsafe & {record.question for record in first.records if record.risky}
 
 
+def test_an_explicit_picture_is_seen_by_the_moderator_and_by_nobody_else(built):
+    output, world, _, _, _ = built
+    seen = {}
+    for request in world.requests:
+        seen.setdefault(request["picture"], []).append(request["stage"])
+    out = [picture for picture in world.scenes if world.moderate_image(picture, "", "")["explicit"]]
+    assert out and all(set(seen[picture]) == {"moderate_image"} for picture in out)
+    assert all(stages[0] == "moderate_image" for picture, stages in seen.items() if picture)
+    refused = [line for line in lines(output / "set_aside.jsonl") if line["reason"] == "explicit picture"]
+    assert len(refused) == len(out)
+
+
 def test_records_of_one_picture_lie_in_one_split(built):
     output, _, _, _, _ = built
     splits: dict[str, set[str]] = {}

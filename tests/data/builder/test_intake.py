@@ -93,6 +93,18 @@ def test_a_broken_hook_stops_the_intake(folder, tmp_path):
         take_in(folder, tmp_path / "out", {}, CONFIG, hook=hook)
 
 
+def test_what_was_taken_out_on_request_does_not_come_back(folder, tmp_path):
+    first, _ = take_in(folder, tmp_path / "out", {}, CONFIG)
+    picture = PIL.Image.open(folder / "a1.png")
+    picture.save(folder / "a1.png", compress_level=0)  # another file of the same pixels
+    removed = frozenset({first[0].sha256, first[1].stored_sha256})
+    taken, aside = take_in(folder, tmp_path / "out", {}, IntakeConfig("CC0-1.0", "mine", removed=removed))
+    assert [one.name for one in taken] == ["a2.png"]
+    assert [(a.picture, a.kind) for a in aside] == [("a0.png", "removed"), ("a1.png", "removed")]
+    with pytest.raises(ValueError, match="'x' is no SHA-256"):
+        IntakeConfig(removed=frozenset({"x"}))
+
+
 def test_faces_are_a_finding(folder, tmp_path):
     taken, _ = take_in(folder, tmp_path / "out", {}, CONFIG, faces=lambda picture: 2, tag="two")
     assert [f.text for f in taken[0].findings if f.check == "faces"] == ["2 faces seen; check consent"]

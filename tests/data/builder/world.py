@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -64,7 +65,7 @@ def scene(index: int) -> Scene:
 
 
 class World:
-    """An endpoint on a local socket. `faulty` injects faults; `gate` may stop it for good after a number of requests."""
+    """An endpoint on a local socket. `faulty` injects faults; beyond `limit` requests it answers 503."""
 
     def __init__(self, scenes: list[Scene], faulty: bool):
         self.scenes = {pixels(scene.picture): scene for scene in scenes}
@@ -75,8 +76,8 @@ class World:
         self.limit: int | None = None
 
     @contextlib.contextmanager
-    def serve(self):
-        """The address, while it answers."""
+    def serve(self, port: int = 0):
+        """The address, while it answers; any free port if 0."""
         world = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -98,7 +99,7 @@ class World:
             def log_message(self, *_):
                 pass
 
-        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         http.daemon_threads = True
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
@@ -118,7 +119,7 @@ class World:
         picture = pixels(PIL.Image.open(io.BytesIO(base64.b64decode(urls[0].split(",")[1])))) if urls else ""
         question = (FENCED.search(text) or [None, None, text])[2]
         with self.lock:
-            self.requests.append({"stage": stage, "pictures": len(urls), "text": text})
+            self.requests.append({"stage": stage, "picture": picture, "pictures": len(urls), "text": text})
             if self.limit is not None and len(self.requests) > self.limit:
                 return 503, {"error": {"message": "closed"}}
             self.seen[key := f"{stage}/{picture}/{text}"] += 1
@@ -213,3 +214,17 @@ def write_pictures(folder: Path, scenes: list[Scene], edit: Callable[[int, Path]
             line = {"image": name, "licence": "CC0-1.0", "source": "the embedded world", "description": told}
             file.write(json.dumps(line) + "\n")
     return manifest
+
+
+def main() -> None:
+    """python -m tests.data.builder.world FOLDER NUMBER PORT: writes pictures and a manifest, plays every agent, with faults."""
+    folder, number, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    scenes = [scene(index) for index in range(number)]
+    write_pictures(folder / "pictures", scenes)
+    with World(scenes, faulty=True).serve(port) as url:
+        print(f"{number} pictures in {folder / 'pictures'}; agents at {url}", flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
