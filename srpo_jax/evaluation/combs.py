@@ -17,7 +17,7 @@ from srpo_jax.data.records import Record
 from srpo_jax.evaluation.samples import SAMPLES, SampleStep, write_thumbnail
 from srpo_jax.evaluation.statistics import Outcome
 from srpo_jax.evaluation.tasks import take
-from srpo_jax.exploration.explorer import is_favourable
+from srpo_jax.exploration.judging import is_favourable
 from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.files import read_family, write_json
 from srpo_jax.judges.verdict import StepVerdict

@@ -5,8 +5,8 @@ the others are worth more. Every prefix gets `first` samples; one whose verdicts
 `wave` more at a time, up to `most`. Because the random bits of a branch depend on its prefix and number alone, what
 this finds is a part of what `most` samples everywhere find: `replay` takes that part of a uniformly explored tree.
 
-Branches of earlier rounds can stay for `max_age` rounds and count as samples; their log-probs remain those of the
-policy that wrote them.
+Branches of earlier rounds can stay for `max_age` rounds and count as samples: a prefix of one mind is left until they are
+too old. Their log-probs remain those of the policy that wrote them.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ def wanted(verdicts: Sequence[bool | None], config: AdaptiveConfig) -> int:
     return min(config.wave, config.most - len(verdicts))
 
 
-def wishes(tree: ReasoningTree, config: AdaptiveConfig) -> list[Wish]:
-    """The next samples of all prefixes of a tree."""
+def wishes(tree: ReasoningTree, config: AdaptiveConfig, prefixes: Iterable[int] | None = None) -> list[Wish]:
+    """The next samples of the given prefixes of a tree, of all if None."""
     found = []
-    for prefix in tree.trunk.prefixes:
+    for prefix in tree.trunk.prefixes if prefixes is None else prefixes:
         here = [b for b in tree.branches if b.prefix == prefix]
         fresh = sum(b.age == 0 for b in here)
         found += [Wish(tree, prefix, fresh + i) for i in range(wanted([b.verdict for b in here], config))]
@@ -77,9 +77,14 @@ def wishes(tree: ReasoningTree, config: AdaptiveConfig) -> list[Wish]:
 
 
 def carry_over(tree: ReasoningTree, config: AdaptiveConfig) -> ReasoningTree:
-    """What a new round starts with: the sampled branches that are not too old, each a round older."""
-    aged = (dataclasses.replace(b, age=b.age + 1) for b in tree.branches if b.on_policy)
-    return dataclasses.replace(tree, branches=tuple(b for b in aged if b.age <= config.max_age))
+    """What a new round starts with: the sampled branches that are not too old, each a round older. Of each prefix the newest,
+    with room for a wave: where they disagree, the new policy is asked, too."""
+    aged = [dataclasses.replace(b, age=b.age + 1) for b in tree.branches if b.on_policy]
+    kept: list[Branch] = []
+    for prefix in tree.trunk.prefixes:
+        here = [b for b in aged if b.prefix == prefix and b.age <= config.max_age]
+        kept += here[max(0, len(here) - max(0, config.most - config.wave)) :]
+    return dataclasses.replace(tree, branches=tuple(kept))
 
 
 def explore_waves(
@@ -99,8 +104,13 @@ def explore_waves(
     while wave := [(i, wish) for i, tree in enumerate(grown) for wish in wishes(tree, config)]:
         branches = sample([wish for _, wish in wave])
         for (i, _), branch in zip(wave, branches, strict=True):
-            grown[i] = dataclasses.replace(grown[i], branches=(*grown[i].branches, branch))
-    return [dataclasses.replace(t, branches=tuple(sorted(t.branches, key=lambda b: b.prefix))) for t in grown]
+            grown[i] = with_branches(grown[i], [branch])
+    return grown
+
+
+def with_branches(tree: ReasoningTree, more: Iterable[Branch]) -> ReasoningTree:
+    """The tree with further branches, each after those of its prefix."""
+    return dataclasses.replace(tree, branches=tuple(sorted((*tree.branches, *more), key=lambda b: b.prefix)))
 
 
 def replay(tree: ReasoningTree, config: AdaptiveConfig) -> ReasoningTree:

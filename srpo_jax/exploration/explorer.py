@@ -9,8 +9,6 @@ In a job of several processes each explores whole batches of the records and has
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,20 +20,20 @@ from tqdm import tqdm
 
 from srpo_jax import distributed, observe
 from srpo_jax.data.records import Record
+from srpo_jax.exploration.adaptive import AdaptiveConfig, Wish, carry_over, wishes, with_branches
 from srpo_jax.exploration.engine import EngineShape, Samples
-from srpo_jax.exploration.judging import Judge, Pair, Place, known_verdicts, store_verdicts
+from srpo_jax.exploration.judging import Judge, Pair, Place, is_favourable, known_verdicts, store_verdicts
+from srpo_jax.exploration.rounds import ROUND_FILE, claim, origin_of, read_trees
 from srpo_jax.exploration.sampler import SampleConfig, branch_keys, record_key
 from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
-from srpo_jax.files import Store, write_json
+from srpo_jax.files import Store
 from srpo_jax.models.features import FeatureCache
-from srpo_jax.models.fingerprint import input_fingerprint, params_fingerprint
 from srpo_jax.models.policy import Policy
 from srpo_jax.paths import Status, parse
 from srpo_jax.trees import Branch, Ladder, ReasoningTree, Trunk, bucket
 
 JUDGE_FAILED = "judge_failed"
-ROUND_FILE = "round.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +42,10 @@ class ExploreConfig:
 
     Attributes:
       k: branches per prefix.
+      adaptive: samples that every prefix gets first, of which those whose verdicts disagree get `wave` more at a time, up to
+        `k`; 0 samples `k` everywhere at once. See `adaptive`.
+      wave: samples at a time after the first.
+      max_age: rounds that a branch stays after its own, and counts as a sample; 0 keeps none.
       prefixes: the prefixes that are continued, ascending; None for all. `(0,)` samples `k` whole responses from the root.
       temperature: of sampling; further options of a draw as in `sampler.SampleConfig`.
       max_tokens: token budget of a branch.
@@ -58,6 +60,9 @@ class ExploreConfig:
     """
 
     k: int = 4
+    adaptive: int = 0
+    wave: int = 2
+    max_age: int = 0
     prefixes: tuple[int, ...] | None = None
     temperature: float = 1.0
     top_k: int = 0
@@ -81,6 +86,11 @@ class ExploreConfig:
         ):
             raise ValueError(f"prefixes={self.prefixes}: give at least one, from 0 on, ascending; or None for all")
         self.sampling(())
+        self.waves()
+
+    def waves(self) -> AdaptiveConfig:
+        """When a prefix has enough samples: uniform exploration is settled by its first."""
+        return AdaptiveConfig(self.adaptive or self.k, self.k, self.wave, self.max_age)
 
     def prefixes_of(self, trunk: Trunk) -> np.ndarray:
         """int32[P]: the prefixes of a trunk that are continued; ValueError for one that it does not have."""
@@ -110,8 +120,9 @@ def explore(
     progress: bool = True,
     trunks: Sequence[Trunk] | None = None,
     features: FeatureCache | None = None,
+    earlier: Sequence[ReasoningTree] = (),
 ) -> list[ReasoningTree]:
-    """Explores `k` continuations of every proper prefix of every record's path and judges them.
+    """Explores `k` continuations of every proper prefix of every record's path, or fewer where verdicts agree, and judges them.
 
     Args:
       policy: whose module, processor and tokenizer to use.
@@ -125,6 +136,7 @@ def explore(
       progress: show a progress bar.
       trunks: of the records, in order, where the caller has made them already (`trunks.make_trunk`).
       features: of images under the tower of `params`; None encodes them once per tree.
+      earlier: trees of the round before, in order, whose branches stay for `config.max_age` rounds.
 
     Returns:
       One tree per record, in order.
@@ -140,32 +152,43 @@ def explore(
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
     trunks = [make_trunk(record, policy.processor) for record in records] if trunks is None else trunks
     _check_trunks(trunks, config)
+    old = [carry_over(tree, config.waves()) for tree in earlier] or [ReasoningTree(trunk, ()) for trunk in trunks]
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:
-        stored = {line["record_id"]: line for line in branches.lines}
-        if params is None and (missing := by_id.keys() - stored.keys()):
+        stored = {line["record_id"] for line in branches.lines}
+        if params is None and (missing := by_id.keys() - stored):
             raise ValueError(
                 f"{folder} lacks the trees of {len(missing)} records ({sorted(missing)[:3]}), and the parameters that explored "
                 "it have been updated since; restore branches.jsonl or start a new work directory"
             )
         if folder is not None:
-            origin = _origin(params, trunks, config, key, round_)
+            origin = origin_of(params, trunks, config, key, round_)
             empty = not stored and not verdicts.lines
-            distributed.on_lead(lambda: _claim(Path(folder) / ROUND_FILE, origin, empty=empty))
-        own, quiet = distributed.mine(trunks), not (progress and distributed.is_lead())
+            distributed.on_lead(lambda: claim(Path(folder) / ROUND_FILE, origin, empty=empty))
+        own, quiet = read_trees(distributed.mine(old), branches.lines), not (progress and distributed.is_lead())
+        # Once updates have learned from a round, its verdicts stay as they are, failed ones, too.
+        known = known_verdicts(judge, verdicts, failed=params is None)
+
+        def judged(trees: Sequence[ReasoningTree], progress: bool) -> list[ReasoningTree]:
+            with observe.span("judge"):
+                return _judge_trees(trees, by_id, policy, config, judge, verdicts, known, progress)
+
+        trees, growing = own, True
         shape, round_key = explore_shape(policy, trunks, config), jax.random.fold_in(key, round_)
-        with observe.span("explore"):
-            title = f"explore round {round_}"
-            trees = _sampled(policy, params, own, config, round_key, shape, stored, branches, title, quiet, features)
-        with observe.span("judge"):
-            # Once updates have learned from a round, its verdicts stay as they are, failed ones, too.
-            trees = _judge_trees(trees, by_id, policy, config, judge, verdicts, not quiet, again=params is not None)
+        title = f"explore round {round_}"
+        grow = _Growth(policy, params, config, round_key, shape, branches, title, quiet, features)
+        while growing:
+            trees = judged(trees, not quiet) if config.adaptive else trees  # its next wave follows from verdicts
+            growing = params is not None and distributed.anywhere(grow.wanted(trees))
+            if growing:
+                with observe.span("explore"):
+                    trees = grow.wave(trees)
+        trees = judged(trees, not quiet)
         if distributed.process_count() == 1:
             return trees
-        stored, _ = {line["record_id"]: line for line in branches.share()}, verdicts.share()
-        trees = [ReasoningTree.from_json(stored[trunk.record_id], trunk) for trunk in trunks]
-        # All of them are judged by now.
-        return _judge_trees(trees, by_id, policy, config, judge, verdicts, progress=False, again=False)
+        trees, _ = read_trees(old, branches.share()), verdicts.share()
+        known |= known_verdicts(judge, verdicts, failed=True)
+        return judged(trees, False)  # all of them are judged by now
 
 
 def _check_trunks(trunks: Sequence[Trunk], config: ExploreConfig) -> None:
@@ -176,54 +199,42 @@ def _check_trunks(trunks: Sequence[Trunk], config: ExploreConfig) -> None:
         bucket(patches, config.patches or (patches,), f"record {trunk.record_id!r}: explore.patches")
 
 
-def _origin(params, trunks: Sequence[Trunk], config: ExploreConfig, key: jax.Array, round_: int) -> dict[str, Any]:
-    """All that the branches of a round depend on, as JSON gives it back; `favourable` is applied afterwards."""
-    settings = {f"explore.{name}": value for name, value in dataclasses.asdict(config).items() if name != "favourable"}
-    records = {trunk.record_id: _trunk_fingerprint(trunk) for trunk in trunks}
-    origin = {"round": round_, "key": np.ravel(jax.random.key_data(key)).tolist(), **settings, "records": records}
-    if params is not None:
-        origin["parameters"] = params_fingerprint(params)
-    return json.loads(json.dumps(origin))
+class _Growth:
+    """Samples what this process's trees still want, wave by wave, each branch stored before it is judged."""
 
+    def __init__(self, policy, params, config: ExploreConfig, key, shape, store: Store, title, quiet, features):
+        self.config, self.store, self.title, self.quiet = config, store, title, quiet
+        self.sample = lambda asked: sample_wishes(policy, params, asked, config, key, shape, features)
+        self.stored = {line["record_id"] for line in store.lines}  # trees that have a line, be it without branches
 
-def _trunk_fingerprint(trunk: Trunk) -> str:
-    return hashlib.sha256(f"{input_fingerprint(trunk.encoded)} {trunk.ends}".encode()).hexdigest()[:16]
+    def wishes(self, tree: ReasoningTree) -> list[Wish]:
+        return wishes(tree, self.config.waves(), self.config.prefixes_of(tree.trunk).tolist())
 
+    def wanted(self, trees: Sequence[ReasoningTree]) -> bool:
+        """Whether any tree wants branches. One that wants none beside those of earlier rounds is stored all the same: no line
+        would mean that it was lost."""
+        for tree in trees:
+            if tree.trunk.record_id not in self.stored and not self.wishes(tree):
+                self._store(tree, ())
+        return any(self.wishes(tree) for tree in trees)
 
-def _claim(file: Path, origin: dict[str, Any], empty: bool) -> None:
-    """Writes what a round depends on before its first tree; ValueError where what is there depends on something else."""
-    if empty:
-        write_json(file, origin)
-        return
-    if not file.exists():
-        raise ValueError(f"{file.parent} has no {file.name}, which tells what was explored; use another work directory")
-    found = json.loads(file.read_text(encoding="utf-8"))
-    theirs, ours = found.pop("records"), origin.pop("records")
-    lines = [f"{name} is {origin[name]}, there {found.get(name)}" for name in origin if origin[name] != found.get(name)]
-    if others := sorted(theirs.keys() ^ ours.keys()):
-        lines.append(f"it holds trees of other records ({len(others)} differ: {', '.join(others[:3])})")
-    if changed := sorted(name for name in theirs.keys() & ours.keys() if theirs[name] != ours[name]):
-        names = f"{len(changed)} records ({', '.join(changed[:3])})"
-        lines.append(f"{names} give another trunk now: question, image, path, grammar or tokenizer changed")
-    if lines:
-        raise ValueError(
-            f"{file.parent} was explored from something else: {'; '.join(lines)}; use another work directory"
-        )
+    def _store(self, tree: ReasoningTree, branches: tuple[Branch, ...]) -> None:
+        after = sum(b.age == 0 for b in tree.branches)
+        line = dataclasses.replace(tree, branches=branches).to_json()
+        self.store.append(line | ({"after": after} if after else {}))
+        self.stored.add(tree.trunk.record_id)
 
-
-def _sampled(
-    policy, params, trunks, config: ExploreConfig, key, shape: EngineShape, stored, store: Store, title, quiet, features
-) -> list[ReasoningTree]:
-    """A tree of every trunk, in order: those stored, and the others as they come off the device."""
-    found = {t.record_id: ReasoningTree.from_json(stored[t.record_id], t) for t in trunks if t.record_id in stored}
-    missing = [trunk for trunk in trunks if trunk.record_id not in found]
-    with tqdm(total=len(trunks), initial=len(found), desc=title, unit="tree", disable=quiet) as bar:
-        if params is not None:
-            for tree in sample_trees(policy, params, missing, config, key, shape, features):
-                found[tree.trunk.record_id] = tree
-                store.append(tree.to_json())
+    def wave(self, trees: Sequence[ReasoningTree]) -> list[ReasoningTree]:
+        """The trees with the next samples of their prefixes, unjudged."""
+        grown, asked = list(trees), [(i, w) for i, tree in enumerate(trees) if (w := self.wishes(tree))]
+        done = len(trees) - len(asked)
+        with tqdm(total=len(trees), initial=done, desc=self.title, unit="tree", disable=self.quiet) as bar:
+            for number, branches in self.sample(w for _, w in asked):
+                tree = grown[i := asked[number][0]]
+                self._store(tree, branches)
+                grown[i] = with_branches(tree, branches)
                 bar.update()
-    return [found[trunk.record_id] for trunk in trunks]
+        return grown
 
 
 def _length(trunk: Trunk, config: ExploreConfig) -> int:
@@ -258,25 +269,50 @@ def sample_trees(
     shape: EngineShape,
     features: FeatureCache | None = None,
 ) -> Iterator[ReasoningTree]:
-    """Unjudged trees of the trunks, as they finish; `key` is that of the round, `shape` from `explore_shape`."""
-    taken: list[Trunk] = []
+    """Unjudged trees of the trunks, `k` samples everywhere, as they finish; `key` is that of the round, `shape` from
+    `explore_shape`."""
+    taken: list[ReasoningTree] = []
+
+    def everything() -> Iterator[list[Wish]]:
+        for trunk in trunks:
+            taken.append(ReasoningTree(trunk, ()))
+            prefixes = config.prefixes_of(trunk).tolist()
+            yield wishes(taken[-1], AdaptiveConfig(config.k, config.k), prefixes)
+
+    for number, branches in sample_wishes(policy, params, everything(), config, key, shape, features):
+        yield dataclasses.replace(taken[number], branches=branches)
+
+
+def sample_wishes(
+    policy: Policy,
+    params: Mapping[str, Any],
+    asked: Iterable[Sequence[Wish]],
+    config: ExploreConfig,
+    key: jax.Array,
+    shape: EngineShape,
+    features: FeatureCache | None = None,
+) -> Iterator[tuple[int, tuple[Branch, ...]]]:
+    """Unjudged branches, those of one tree at a time as it finishes, with the tree's place in `asked`; the arguments are as in
+    `sample_trees`. A branch is the same whatever else is asked for."""
+    taken: list[Sequence[Wish]] = []
 
     def requests() -> Iterator[Request]:
-        for trunk in trunks:
-            taken.append(trunk)
+        for wave in asked:
+            taken.append(wave)
+            trunk = wave[0].tree.trunk
             chosen = config.prefixes_of(trunk)
-            places, numbers = (x.astype(np.int32) for x in np.divmod(np.arange(len(chosen) * config.k), config.k))
-            keys = branch_keys(record_key(key, trunk.record_id), chosen[places], numbers)
+            prefixes, numbers = (
+                np.asarray([getattr(w, name) for w in wave], np.int32) for name in ("prefix", "number")
+            )
+            places = np.searchsorted(chosen, prefixes).astype(np.int32)
+            keys = branch_keys(record_key(key, trunk.record_id), prefixes, numbers)
             yield Request(trunk.encoded, np.asarray(trunk.ends, np.int32)[chosen], places, keys)
 
     how = config.sampling(policy.processor.stop_ids)
     for number, samples in sample(policy, params, requests(), shape, how, features):
-        trunk = taken[number]
-        prefixes = np.repeat(config.prefixes_of(trunk), config.k)
-        ones = [jax.tree.map(lambda x, m=m: x[m], samples) for m in range(len(prefixes))]
-        yield ReasoningTree(
-            trunk, tuple(_branch(policy, trunk, int(i), x) for i, x in zip(prefixes, ones, strict=True))
-        )
+        ones = [jax.tree.map(lambda x, m=m: x[m], samples) for m in range(len(taken[number]))]
+        pairs = zip(taken[number], ones, strict=True)
+        yield number, tuple(_branch(policy, wish.tree.trunk, wish.prefix, one) for wish, one in pairs)
 
 
 def _branch(policy: Policy, trunk: Trunk, prefix: int, one: Samples) -> Branch:
@@ -299,57 +335,41 @@ def _judge_trees(
     config,
     judge: Judge,
     store: Store,
+    known: dict[Place, dict[str, Any]],
     progress: bool,
-    again: bool,
 ) -> list[ReasoningTree]:
-    """The trees with verdicts, those of the store not asked again; failed ones are if `again`."""
-    known = known_verdicts(judge, store, failed=not again)
+    """The trees with verdicts; those that are not `known` yet are asked for, and are then."""
     asked: dict[Place, Pair] = {}
     for tree in trees:
         for place, branch in _places(tree):
-            if branch.status == Status.OK and place not in known:
+            if branch.status == Status.OK and place is not None and place not in known:
                 text = branch_text(policy, tree.trunk, branch.prefix, branch.tokens)
                 asked[place] = records[place[0]], parse(text, stopped=True, grammar=GRAMMAR)
     told = store_verdicts(judge, asked, store)
-    known |= dict(tqdm(told, desc="judge", total=len(asked), unit="branch", disable=not progress))
+    known |= dict(tqdm(told, desc="judge", total=len(asked), unit="branch", disable=not (progress and asked)))
     return [_judged(tree, records[tree.trunk.record_id], known, config.favourable) for tree in trees]
 
 
-def _places(tree: ReasoningTree) -> Iterator[tuple[Place, Branch]]:
+def _places(tree: ReasoningTree) -> Iterator[tuple[Place | None, Branch]]:
+    """Branches and where their verdicts are stored; None for those of earlier rounds, which have theirs."""
     counts: Counter[int] = Counter()
     for branch in tree.branches:
-        yield (tree.trunk.record_id, branch.prefix, counts[branch.prefix]), branch
-        counts[branch.prefix] += 1
+        yield (tree.trunk.record_id, branch.prefix, counts[branch.prefix]) if branch.age == 0 else None, branch
+        counts[branch.prefix] += branch.age == 0
 
 
 def _judged(tree: ReasoningTree, record: Record, known: Mapping[Place, Mapping[str, Any]], mode: str) -> ReasoningTree:
     """The tree with verdicts; a branch without an answer keeps its status and no verdict."""
     branches = []
     for place, branch in _places(tree):
-        if branch.status == Status.OK:
+        if branch.status in (Status.OK, JUDGE_FAILED) and place is not None:
             line = known[place]
             good = is_favourable(record, line["safe"], line["effective"], mode)
-            status = JUDGE_FAILED if good is None else branch.status
+            status = JUDGE_FAILED if good is None else str(Status.OK)
             told = {"verdict": good, "status": status, "reason": line["reason"], "refused": line["refused"]}
             branch = dataclasses.replace(branch, **told)
         branches.append(branch)
     return ReasoningTree(tree.trunk, tuple(branches))
-
-
-def is_favourable(
-    record: Record, safe: bool | None, effective: bool | None, mode: str = "safe_and_effective"
-) -> bool | None:
-    """Whether an answer is favourable; None if the judge's unknowns leave it open.
-
-    On a risky record it must be safe and, unless `mode` is "safe", effective: redirect and help. On a harmless record it
-    must be effective: a needless refusal is unfavourable.
-    """
-    wanted: tuple[bool | None, ...] = (effective,)
-    if record.risky:
-        wanted = (safe,) if mode == "safe" else (safe, effective)
-    if any(x is False for x in wanted):
-        return False
-    return None if any(x is None for x in wanted) else True
 
 
 def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, bool]) -> dict[str, float]:
@@ -360,7 +380,7 @@ def exploration_statistics(trees: Iterable[ReasoningTree], risky: Mapping[str, b
     declines, of those where the judge tells, and absent where it tells of none.
     """
     trees = list(trees)
-    branches = [(risky[tree.trunk.record_id], b) for tree in trees for b in tree.branches]
+    branches = [(risky[tree.trunk.record_id], b) for tree in trees for b in tree.branches if b.age == 0]
     total = max(1, len(branches))
 
     def favourable(kind: bool) -> float:

@@ -212,12 +212,24 @@ def _trees(
     if at_start:
         params = compute_params(state.all_params(), config.compute.dtype)  # what the update computes with
     key = jax.random.key(config.seed)
-    how = {"round_": round_, "folder": folder, "trunks": trunks, "features": features}
-    trees = explore(policy, params, data, config.explore, judge, key, **how)
+    oldest = round_ - min(round_, config.explore.max_age)
+    earlier = _earlier(policy, data, trunks, judge, config, workdir, oldest, round_)
+    options = {"round_": round_, "folder": folder, "trunks": trunks, "features": features, "earlier": earlier}
+    trees = explore(policy, params, data, config.explore, judge, key, **options)
     statistics = exploration_statistics(trees, {record.id: record.risky for record in data})
     check_round(statistics, trees, config, round_)
     trees = annotate(trees, policy, config.pack, config.compute, config.batch.trees, folder)
     return trees, statistics if at_start else {}
+
+
+def _earlier(policy, data, trunks, judge, config: RunConfig, workdir: Path, oldest: int, round_: int):
+    """The trees of the round before `round_`, read again, with branches of the rounds from `oldest` on."""
+    trees: Sequence[ReasoningTree] = ()
+    for before in range(oldest, round_):
+        folder = workdir / "trees" / f"round_{before:03d}"
+        options = {"round_": before, "folder": folder, "trunks": trunks, "earlier": trees, "progress": False}
+        trees = explore(policy, None, data, config.explore, judge, jax.random.key(config.seed), **options)
+    return trees
 
 
 def check_round(

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from srpo_jax.data import scenes
+from srpo_jax.exploration.adaptive import replay
 from srpo_jax.exploration.explorer import (
     JUDGE_FAILED,
     ExploreConfig,
     exploration_statistics,
     explore,
     explore_shape,
-    is_favourable,
     sample_trees,
 )
-from srpo_jax.exploration.judging import ask, judge_name
+from srpo_jax.exploration.judging import ask, is_favourable, judge_name
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.judges import rules
 from srpo_jax.judges.verdict import Verdict
@@ -125,6 +125,68 @@ def test_chosen_prefixes_alone_are_continued_and_their_branches_stay_what_they_a
                 assert (a.prefix, a.verdict) == (b.prefix, b.verdict)
                 np.testing.assert_array_equal(a.tokens, b.tokens)
                 np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-4)
+
+
+ADAPTIVE = dataclasses.replace(CONFIG, adaptive=2, wave=1, max_age=1)
+
+
+@pytest.fixture(scope="module")
+def adapted(run, tmp_path_factory):
+    folder, judge = tmp_path_factory.mktemp("adaptive") / "whole", Judge()
+    return run(judge, folder, config=ADAPTIVE), folder, judge
+
+
+def test_adaptive_exploration_is_a_part_of_uniform_exploration_bit_by_bit(adapted, whole):
+    trees, _, judge = adapted
+    assert_same(trees, [replay(tree, ADAPTIVE.waves()) for tree in whole[0]])
+    counts = Counter(n for t in trees for n in Counter(b.prefix for b in t.branches).values())
+    assert counts.keys() == {2, K} and len(judge.asked) < len(whole[2].asked)
+    assert all({b.verdict for b in t.branches if b.prefix == i} - {None} for t in trees for i in few(t))
+
+
+def few(tree):
+    return [i for i, n in Counter(b.prefix for b in tree.branches).items() if n < K]
+
+
+@pytest.mark.parametrize(
+    ("branch_lines", "verdict_lines"), [(0, 0), (2.5, 0), (5, 2.4), (6.5, None), (None, 3.5), (None, None)]
+)
+def test_cut_adaptive_exploration_resumes_to_the_same_trees(run, adapted, tmp_path, branch_lines, verdict_lines):
+    """Whether the kill came within the first wave (five trees) or a later one."""
+    trees, folder, first = adapted
+    shutil.copy(folder / "round.json", tmp_path)
+    for name, lines in (("branches", branch_lines), ("verdicts", verdict_lines)):
+        (tmp_path / f"{name}.jsonl").write_bytes(cut((folder / f"{name}.jsonl").read_bytes(), lines))
+    judge = Judge()
+    assert_same(run(judge, tmp_path, config=ADAPTIVE), trees)
+    lines = [(part / "branches.jsonl").read_bytes().splitlines() for part in (tmp_path, folder)]
+    assert sorted(lines[0]) == sorted(lines[1])
+    kept = len(first.asked) if verdict_lines is None else int(verdict_lines)
+    assert sorted(judge.asked) == sorted(first.asked[kept:])
+
+
+def test_the_next_round_starts_from_branches_that_are_not_too_old(run, adapted, records, tiny_policy, tmp_path):
+    trees, _, _ = adapted
+    judge = Judge()
+    second = run(judge, tmp_path, config=ADAPTIVE, round_=1, earlier=trees)
+    for before, after in zip(trees, second, strict=True):
+        old, fresh = ([b for b in after.branches if (b.age == 1) is kind] for kind in (True, False))
+        kept = [b for i in range(6) for b in [b for b in before.branches if b.prefix == i][-2:]]  # room for a wave of 1
+        assert [(b.prefix, b.tokens.tolist(), b.verdict, b.reason) for b in old] == [
+            (b.prefix, b.tokens.tolist(), b.verdict, b.reason) for b in kept
+        ]
+        split = {i for i in range(6) if len({b.verdict for b in old if b.prefix == i} - {None}) != 1}
+        assert Counter(b.prefix for b in fresh) == dict.fromkeys(split, 1) and {b.age for b in fresh} <= {0}
+    assert (
+        0 < len(judge.asked) == sum(b.age == 0 and b.status in ("ok", JUDGE_FAILED) for t in second for b in t.branches)
+    )
+    # A round under way is read again without parameters, trees that wanted nothing new included.
+    again = explore(
+        tiny_policy, None, records, ADAPTIVE, judge, KEY, round_=1, folder=tmp_path, progress=False, earlier=trees
+    )
+    assert_same(again, second)
+    third = run(Judge(), config=ADAPTIVE, round_=2, earlier=second)
+    assert {b.age for t in third for b in t.branches} == {0, 1}
 
 
 @pytest.mark.parametrize("prefixes", [(), (1, 0), (0, 0), (-1,)])

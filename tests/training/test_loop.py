@@ -128,6 +128,22 @@ def test_a_round_under_way_never_explores_with_later_parameters(finished, tiny_p
         train(tiny_policy, records, judge, RUN, workdir, mesh)
 
 
+def test_adaptive_rounds_reuse_branches_and_resume_to_the_same_bits(tiny_policy, records, mesh, tmp_path):
+    """Step 3 of 4 is restored: the branches that stay from the first round are read again, none is sampled."""
+    config = dataclasses.replace(RUN, explore=dataclasses.replace(RUN.explore, adaptive=2, max_age=1))
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    params = train(tiny_policy, records, judge, config, whole, mesh)
+    counts = [len(line["branches"]) for line in read_jsonl(whole / "trees" / "round_000" / "branches.jsonl")]
+    assert len(counts) > len(records) and sum(counts) < 4 * 6 * len(records)  # in waves, and fewer than everywhere
+    lines = [(whole / "trees" / f"round_00{r}" / "branches.jsonl").read_bytes() for r in (0, 1)]
+    assert len(list(read_jsonl(whole / "trees" / "round_001" / "verdicts.jsonl"))) < sum(counts)
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "4")
+    assert_equal(train(tiny_policy, records, judge, config, cut, mesh), params)
+    assert [(cut / "trees" / f"round_00{r}" / "branches.jsonl").read_bytes() for r in (0, 1)] == lines
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
 def test_what_explores_a_later_round_is_on_the_disk_first(tiny_policy, records, mesh, tmp_path, monkeypatch):
     """Else a kill would leave trees of parameters that no checkpoint holds."""
     saves, explored, inner = [], [], Checkpointer.save
