@@ -51,8 +51,9 @@ def read_layout(records: Records, layout: str, index: int) -> list:
 def main(_):
     form = FORMAT.value or guess_format(SOURCE.value)
     schema = "ssui" if LAYOUT.value == "ssui" else "sft"
-    options = {"revision": REVISION.value, "image_folder": IMAGES.value}
-    records = open_records(SOURCE.value, form, SPLIT.value, schema=schema, **options)
+    records = open_records(
+        SOURCE.value, form, SPLIT.value, revision=REVISION.value, image_folder=IMAGES.value, schema=schema
+    )
     read = (lambda i: [records[i]]) if LAYOUT.value == schema else partial(read_layout, records, LAYOUT.value)
     report = convert(
         len(records),
@@ -60,7 +61,7 @@ def main(_):
         TO.value,
         OUT.value,
         schema=schema,
-        origin={"source": SOURCE.value, "format": form, "layout": LAYOUT.value, "split": SPLIT.value} | options,
+        origin={flag.name: flag.value for flag in (SOURCE, LAYOUT, SPLIT, REVISION, IMAGES)} | {"format": form},
         shard=SHARD.value,
         max_broken=MAX_BROKEN.value,
         progress=partial(tqdm, desc="convert", unit="shard"),

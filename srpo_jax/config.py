@@ -17,7 +17,6 @@ from ml_collections.config_dict import placeholder
 
 from srpo_jax import sharding
 from srpo_jax.data import loaders, scenes
-from srpo_jax.data.records import Record
 from srpo_jax.data.world.difficulty import Difficulty
 from srpo_jax.evaluation import config as evaluation
 from srpo_jax.exploration.explorer import ExploreConfig
@@ -26,6 +25,7 @@ from srpo_jax.exploration.trunks import GRAMMAR
 from srpo_jax.judges.registry import JudgeError, make_judge
 from srpo_jax.models.lora import LoraConfig
 from srpo_jax.models.policy import Policy, adapt, load_policy
+from srpo_jax.paths import STYLES
 from srpo_jax.training.data import BatchConfig
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.objective import TERMS, LossConfig
@@ -34,6 +34,7 @@ from srpo_jax.training.step import ComputeConfig
 from srpo_jax.trees import PATCHES, PackConfig, rows_needed
 
 EMBEDDED = "embedded"
+FILES = ("jsonl", "datasets", "arrayrecord")
 ASSETS = Path(__file__).parent / "assets"
 SECTIONS = {
     "explore": ExploreConfig,
@@ -57,9 +58,11 @@ def default_config() -> ml_collections.ConfigDict:
         `max_image_tokens` (None keeps the checkpoint's), `dtype` of loaded parameters (None keeps the file's), `quantize`
         "int8" for the layers' kernels (None does not; they are frozen then).
       lora: see `models.lora.LoraConfig`; a rank of 0 is no adapters.
-      data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`) or "datasets" (`path`: saved folder, Parquet
-        file or hub id; `split`); `images`: folder of the pictures (see `data.loaders`; empty for its default); `n` records
-        (None for all); `seed` and `difficulty` of the embedded world, see `data.world.difficulty.Difficulty`.
+      data: `name` "scenes" (the embedded world), "jsonl" (`path`, `images`), "datasets" (`path`: saved folder, Parquet file or
+        hub id; `split`) or "arrayrecord" (`path`: folder; `split`); `images`: folder of the pictures (see `data.loaders`;
+        empty for its default); `schema` "ssui", or "sft" for records without steps; `n` records (None for all); `lazy`: read
+        by index when wanted, for data that memory does not hold, instead of all at the start; `max_broken` records may be
+        passed over; `seed` and `difficulty` of the embedded world, see `data.world.difficulty.Difficulty`.
       loss: `weights` by objective (`training.objective.TERMS`), `schedules` of them, and each objective's options under
         its name, such as `loss.srpo.lambda_`.
       judge: "rules" for the embedded world, or "package.module:function", a judge of yours.
@@ -81,6 +84,7 @@ def default_config() -> ml_collections.ConfigDict:
     }
     config.lora = _defaults(LoraConfig)
     config.data = {"name": "scenes", "path": "", "images": "", "split": "train", "n": placeholder(int), "seed": 0}
+    config.data.update(schema="ssui", lazy=False, max_broken=0)
     config.data.difficulty = _defaults(Difficulty)
     config.judge = "rules"
     config.mesh = {"data": 1, "fsdp": -1, "tensor": 1}
@@ -107,7 +111,8 @@ def default_config() -> ml_collections.ConfigDict:
     config.eval = evaluation.default_config()
     for field in dataclasses.fields(RunConfig):
         if field.name not in (*SECTIONS, "loss"):
-            config[field.name] = placeholder(tuple) if field.default is None else field.default
+            kind = int if "int" in str(field.type) else tuple
+            config[field.name] = placeholder(kind) if field.default is None else field.default
     return config.lock()
 
 
@@ -145,6 +150,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     run = RunConfig(loss=loss, **parts, **plain)
     _section(config.lora, "config.lora", LoraConfig)  # refused here rather than after the policy was read
     _check_values(run)
+    _check_data(config.data, run)
     if run.rounds:
         _check_shapes(run)
     return run
@@ -199,6 +205,30 @@ def _check_values(run: RunConfig) -> None:
             raise ConfigError(f"config.{name}={getattr(run, name)}: it is a share between 0 and 1")
     if run.explore.temperature < 0:
         raise ConfigError(f"config.explore.temperature={run.explore.temperature}: it must be 0 or more")
+
+
+def _check_data(data: ml_collections.ConfigDict, run: RunConfig) -> None:
+    """Raises ConfigError for data that the run cannot use as it asks."""
+    if run.style not in STYLES:
+        raise ConfigError(f"config.style={run.style!r}: use one of {', '.join(STYLES)}")
+    if run.rounds and (run.style != "long" or data.schema != "ssui"):
+        raise ConfigError(
+            f"config.style={run.style!r}, config.data.schema={data.schema!r}: branches start at the six steps of style 'long' "
+            "of records with steps; set rounds=0 to train on other paths"
+        )
+    if data.schema == "sft" and run.style != "long":
+        raise ConfigError(f"config.style={run.style!r} is made of six steps, which records of schema 'sft' do not have")
+    if data.name == "scenes" and (data.lazy or data.max_broken or data.schema != "ssui"):
+        raise ConfigError("config.data: lazy, max_broken and schema are for data that is read from files")
+    if run.batch.workers and not (data.lazy and run.rounds == 0):
+        raise ConfigError(
+            f"config.batch.workers={run.batch.workers} read records while they are learned as they are; set data.lazy=True and "
+            "rounds=0, or workers=0"
+        )
+    if data.max_broken < 0:
+        raise ConfigError(f"config.data.max_broken={data.max_broken}: it must be at least 0")
+    if run.records_per_round is not None and run.records_per_round < 1:
+        raise ConfigError(f"config.records_per_round={run.records_per_round}: it must be at least 1, or None for all")
 
 
 def _check_shapes(run: RunConfig) -> None:
@@ -276,8 +306,8 @@ def eval_section(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict
     return section
 
 
-def build_records(config: ml_collections.ConfigDict) -> list[Record]:
-    """The training records of `config.data`.
+def build_records(config: ml_collections.ConfigDict) -> Sequence[Any]:
+    """The training records of `config.data`, `Record` or by its schema `SftRecord`; all of them in memory unless `lazy`.
 
     Raises:
       ConfigError: an unknown data set or a missing path.
@@ -286,17 +316,20 @@ def build_records(config: ml_collections.ConfigDict) -> list[Record]:
     data = config.data
     if data.name == "scenes":
         return scenes.records(data.split, data.n, data.seed, build_difficulty(config))
-    if data.name not in ("jsonl", "datasets") or not data.path:
+    if data.name not in FILES or not data.path:
         raise ConfigError(
-            f"config.data.name={data.name!r}, path={data.path!r}: use 'scenes', or 'jsonl' or 'datasets' with a path"
+            f"config.data.name={data.name!r}, path={data.path!r}: use 'scenes', or one of {', '.join(FILES)} with a path"
         )
     if data.name == "jsonl" and not Path(data.path).is_file():
         raise ConfigError(f"config.data.path={data.path!r}: no such file; give one JSON object per line (docs/data.md)")
-    if data.name == "jsonl":
-        records = loaders.load_jsonl(data.path, data.images or Path(data.path).parent, check_images=True)
-    else:
-        records = loaders.load_hf(data.path, data.split, image_folder=data.images or None, check_images=True)
-    return records if data.n is None else records[: data.n]
+    # Pictures of records that stay in memory are kept in files; others are decoded when their record is read.
+    kept = data.name != "jsonl" and (config.rounds or not data.lazy)
+    folder = data.images or (loaders.image_cache() if kept else None)
+    options: dict[str, Any] = {"image_folder": folder, "schema": data.schema, "max_broken": data.max_broken}
+    source = loaders.open_records(data.path, data.name, data.split, **options)
+    if data.lazy:
+        return source[: data.n]
+    return loaders.load_records(source, check_images=True)[: data.n]
 
 
 def build_judge(config: ml_collections.ConfigDict, folder: str | Path | None = None) -> Judge:

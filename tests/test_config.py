@@ -16,6 +16,8 @@ from PIL import Image
 from srpo_jax import config as configs
 from srpo_jax import sharding
 from srpo_jax.data import scenes
+from srpo_jax.data.formats import convert
+from srpo_jax.data.loaders import Records
 from srpo_jax.evaluation.config import build_benchmark, build_evaluator
 from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.judges import rules
@@ -269,7 +271,10 @@ def test_a_judge_must_be_a_function():
     [
         ({"data.path": ""}, r"config\.data\.name='jsonl', path=''"),
         ({"data.path": "/no/such/file.jsonl"}, r"config\.data\.path='/no/such/file\.jsonl': no such file"),
-        ({"data.name": "csv"}, r"config\.data\.name='csv'.*'scenes', or 'jsonl' or 'datasets'"),
+        (
+            {"data.name": "csv"},
+            r"config\.data\.name='csv'.*'scenes', or one of jsonl, datasets, arrayrecord with a path",
+        ),
     ],
 )
 def test_data_that_is_not_there_is_named(changes, message):
@@ -319,3 +324,39 @@ def test_a_policy_is_built_quantised_and_with_adapters():
     flat = sharding.flatten(configs.build_policy(config, configs.build_mesh(config)).params)
     assert flat["layers/mlp/up/kernel"].dtype == "int8" and flat["layers/mlp/up/lora_a"].shape[-1] == 2
     assert "layers/mlp/down/lora_a" not in flat
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"style": "brief", "rounds": 0}, r"config\.style='brief': use one of long, short, template, none"),
+        ({"style": "short"}, r"config\.style='short'.*set rounds=0"),
+        ({"data.schema": "sft"}, r"config\.data\.schema='sft'.*set rounds=0"),
+        ({"data.schema": "sft", "style": "none", "rounds": 0}, r"which records of schema 'sft' do not have"),
+        (
+            {"data.name": "scenes", "data.lazy": True},
+            r"lazy, max_broken and schema are for data that is read from files",
+        ),
+        ({"batch.workers": 2}, r"config\.batch\.workers=2 .*data\.lazy=True and rounds=0"),
+        ({"batch.workers": -1}, r"workers=-1: it must be at least 0"),
+        ({"data.max_broken": -1}, r"config\.data\.max_broken=-1: it must be at least 0"),
+        ({"records_per_round": 0}, r"records_per_round"),
+    ],
+)
+def test_data_that_a_run_cannot_use_as_asked_is_refused(changes, message):
+    config = own_data(**changes)
+    if config.rounds == 0:
+        config.loss.weights.update(srpo=0.0, sft=1.0)
+    with pytest.raises(configs.ConfigError, match=message):
+        configs.run_config(config)
+
+
+def test_records_of_files_come_whole_or_by_index(tmp_path):
+    records = scenes.records("train", 6)
+    convert(6, lambda i: [records[i]], "jsonl", tmp_path / "out", schema="ssui", origin={"source": "world"})
+    whole, lazy = (
+        configs.build_records(own_data(**{"data.path": f"{tmp_path}/out/data.jsonl", "data.lazy": flag, "data.n": 4}))
+        for flag in (False, True)
+    )
+    assert isinstance(whole, list) and isinstance(lazy, Records)
+    assert [r.id for r in whole] == [r.id for r in lazy] == [r.id for r in records[:4]]

@@ -82,10 +82,18 @@ class Records(Sequence[T]):
     Attributes:
       name: of the data set, for messages.
       places: where records stand among all rows; None for all of them.
+      max_broken: how many records who reads them may pass over.
     """
 
-    def __init__(self, name: str, rows: Rows, build: Callable[[Row], T], places: Sequence[int] | None = None):
-        self.name, self.places, self._rows, self._build = name, places, rows, build
+    def __init__(
+        self,
+        name: str,
+        rows: Rows,
+        build: Callable[[Row], T],
+        places: Sequence[int] | None = None,
+        max_broken: int = 0,
+    ):
+        self.name, self.places, self.max_broken, self._rows, self._build = name, places, max_broken, rows, build
 
     def __len__(self) -> int:
         return len(self._rows if self.places is None else self.places)
@@ -98,7 +106,7 @@ class Records(Sequence[T]):
         """Record `index`; LoadError with place, record, field and remedy of its faults."""
         if isinstance(index, slice):
             places = range(len(self._rows)) if self.places is None else self.places
-            return Records(self.name, self._rows, self._build, places[index])
+            return Records(self.name, self._rows, self._build, places[index], self.max_broken)
         return self.built(self.row(index))
 
     def row(self, index: int) -> Row:
@@ -132,6 +140,7 @@ def open_records(
     revision: str | None = None,
     image_folder: str | Path | None = None,
     schema: str = "ssui",
+    max_broken: int = 0,
 ) -> Records[Any]:
     """The records of a data set by index; nothing is checked before it is read (`load_records` checks all).
 
@@ -143,6 +152,7 @@ def open_records(
       image_folder: what image names are relative to (by default a file's own folder), and where embedded images are written
         under names made from their content; if None, those stay in memory with their record.
       schema: "ssui" for `Record`, "sft" for `SftRecord`.
+      max_broken: how many broken records may be passed over, named in the log.
 
     Raises:
       FileNotFoundError: if a path does not exist.
@@ -156,7 +166,7 @@ def open_records(
         find_image = partial(image_in, Path(source).parent if image_folder is None else Path(image_folder))
     elif image_folder is not None:
         find_image = partial(embedded_image, Path(image_folder))
-    return Records(str(source), rows, partial(BUILDERS[schema], find_image))
+    return Records(str(source), rows, partial(BUILDERS[schema], find_image), max_broken=max_broken)
 
 
 def load_jsonl(
@@ -220,19 +230,16 @@ def image_cache() -> Path:
     return cache_folder() / "images"
 
 
-def load_records(
-    source: Records[T], check_images: bool = False, max_pixels: int = MAX_PIXELS, max_broken: int = 0
-) -> list[T]:
+def load_records(source: Records[T], check_images: bool = False, max_pixels: int = MAX_PIXELS) -> list[T]:
     """All records of a source, checked together: ids differ, twins exist and are of the other kind.
 
     Args:
-      source: from `open_records`.
+      source: from `open_records`; `max_broken` of its rows may be broken, and are left out.
       check_images: whether to decode every image once.
       max_pixels: for `check_images`.
-      max_broken: how many rows may be broken; they are left out, named in the log.
 
     Raises:
-      LoadError: more broken rows than that (naming place, record, field and remedy of every fault), or no record.
+      LoadError: more broken rows (naming place, record, field and remedy of every fault), or no record.
     """
     records: list[T] = []
     places: dict[str, str] = {}
@@ -252,7 +259,7 @@ def load_records(
         records.append(record)
     # A twin can only be judged missing when every record was understood.
     problems += [] if problems else [[line] for line in _twin_problems(records, places)]
-    if len(problems) > max_broken:
+    if len(problems) > source.max_broken:
         raise LoadError(source.name, [line for lines in problems for line in lines])
     for lines in problems:
         logging.warning("%s: left out: %s", source.name, "; ".join(lines))

@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +22,9 @@ from absl import logging
 
 from srpo_jax import distributed, observe, preemption, sharding
 from srpo_jax.checkpoint import Checkpointer
+from srpo_jax.data.loaders import Records
 from srpo_jax.data.records import Record
+from srpo_jax.data.sft import SftRecord
 from srpo_jax.exploration.explorer import ExploreConfig, exploration_statistics, explore
 from srpo_jax.exploration.judging import Judge
 from srpo_jax.exploration.trunks import make_trunk
@@ -32,9 +34,10 @@ from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.geometry import empty_vision
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
+from srpo_jax.paths import STYLES
 from srpo_jax.preemption import Preempted
 from srpo_jax.training.annotate import annotate
-from srpo_jax.training.data import BatchConfig, EncodedTrees, StepBatch, step_batches
+from srpo_jax.training.data import BatchConfig, EncodedTrees, RecordTrees, StepBatch, round_records, step_batches
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
@@ -59,6 +62,8 @@ class RunConfig:
       keep: checkpoints to keep.
       max_unknown: share of branches without a verdict at which training stops.
       max_truncated: share of truncated branches at which it stops.
+      style: how reference paths are written, one of `paths.STYLES`; exploration branches from the steps of "long" alone.
+      records_per_round: how many records a round explores, in an order that each epoch shuffles; None for all of them.
       trainable: regular expressions over parameter paths; None for the adapters, or everything where there are none.
     """
 
@@ -75,12 +80,14 @@ class RunConfig:
     keep: int = 2
     max_unknown: float = 0.5
     max_truncated: float = 0.5
+    style: str = "long"
+    records_per_round: int | None = None
     trainable: tuple[str, ...] | None = None
 
 
 def train(
     policy: Policy,
-    data: Sequence[Record] | Sequence[ReasoningTree],
+    data: Sequence[Record | SftRecord] | Sequence[ReasoningTree],
     judge: Judge | None,
     config: RunConfig,
     workdir: str | Path,
@@ -93,7 +100,8 @@ def train(
 
     Args:
       policy: where to start.
-      data: records to explore or, with `rounds=0`, records or ready trees to learn as they are.
+      data: records to explore or, with `rounds=0`, records or ready trees to learn as they are; `Records` are read when they
+        are wanted, by index.
       judge: of branches; None with `rounds=0`.
       config: of the run.
       workdir: an open work directory (see `training.workdir`).
@@ -127,10 +135,12 @@ def train(
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates
                 if step >= stop:
                     continue
-                trunks = _trunks(policy, data, config) if trunks is None else trunks
+                records = round_records(data, config.records_per_round, config.seed, round_) if config.rounds else data
+                if trunks is None or records is not data:
+                    trunks = _trunks(policy, records, config)
                 checkpoints.wait()  # what explores a round is on the disk before the first of its trees
                 trees, statistics = _trees(
-                    policy, state, data, trunks, judge, config, workdir, round_, features, at_start=step == first
+                    policy, state, records, trunks, judge, config, workdir, round_, features, at_start=step == first
                 )
                 nothing = empty_vision(policy.config.vision) if features is None else features.nothing
                 source = trees if features is None else EncodedTrees(trees, features)
@@ -172,11 +182,12 @@ def _delete(policy: Policy, paths: Iterable[str]) -> None:
         params[path].delete()
 
 
-def _trunks(policy: Policy, data: Sequence[Record] | Sequence[ReasoningTree], config: RunConfig) -> list[Trunk]:
-    """The records' trunks, made once for all rounds, each of a size that exploration and update take; trees have theirs."""
-    if not len(data) or not isinstance(data[0], Record):
+def _trunks(policy: Policy, data: Sequence[Any], config: RunConfig) -> list[Trunk]:
+    """The records' trunks, each of a size that exploration and update take, made once for rounds of the same records; trees
+    have theirs, and records by index get theirs when they are read."""
+    if isinstance(data, Records) or not len(data) or not isinstance(data[0], Record | SftRecord):
         return []
-    trunks = [make_trunk(record, policy.processor) for record in cast(Sequence[Record], data)]
+    trunks = [make_trunk(record, policy.processor, STYLES[config.style]) for record in data]
     check_trunks(trunks, config.pack, *([config.explore.k, config.explore.max_tokens] if config.rounds else []))
     return trunks
 
@@ -203,6 +214,8 @@ def _trees(
 ):
     """The trees of a round and what to report of them with its first update."""
     if config.rounds == 0:
+        if isinstance(data, Records):
+            return RecordTrees(data, policy.processor, config.pack, STYLES[config.style]), {}
         data = [ReasoningTree(trunk, ()) for trunk in trunks] or data
         if config.pack.extras:
             data = annotate(data, policy, config.pack, config.compute, config.batch.trees, workdir / "trees")
