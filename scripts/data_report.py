@@ -36,9 +36,8 @@ def main(_):
     if TOWER.value and MODEL.value is None:
         raise SystemExit("--tower reads with the vision tower of --model: name a checkpoint")
     form = FORMAT.value or guess_format(DATA.value)
-    records = load_records(
-        open_records(DATA.value, form, SPLIT.value, image_folder=IMAGES.value), max_broken=MAX_BROKEN.value
-    )
+    source = open_records(DATA.value, form, SPLIT.value, image_folder=IMAGES.value, max_broken=MAX_BROKEN.value)
+    records = load_records(source)
     policy = processor = None
     if MODEL.value:
         policy = load_policy(MODEL.value) if TOWER.value else None
