@@ -56,7 +56,8 @@ class Checkpointer:
     def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
-        self.directory = epath.Path(directory).absolute()
+        path = epath.Path(directory)
+        self.directory = path if "://" in str(directory) else path.absolute()  # "absolute" would make a local path of an address
         self._keep = keep
         self._read_only = read_only
         if read_only and not self.directory.is_dir():

@@ -28,8 +28,9 @@ def home(tiny_policy, tmp_path_factory) -> Path:
     return make_home(tmp_path_factory.mktemp("home"), tiny_policy, RECORDS)
 
 
-def train(home: Path, count: int, workdir: str, updates: int = 2) -> Path:
-    outputs = run(home, count, "train.py", *own(workdir, updates=updates, optim__steps=4, checkpoint_every=1))
+def train(home: Path, count: int, workdir: str, updates: int = 2, **changes: object) -> Path:
+    flags = own(workdir, updates=updates, optim__steps=4, checkpoint_every=1, **changes)
+    outputs = run(home, count, "train.py", *flags)
     assert [("done:" in output) for output in outputs] == [True] + [False] * (count - 1)
     return home / workdir
 
@@ -42,6 +43,11 @@ def alone(home) -> Path:
 @pytest.fixture(scope="module")
 def pair(home) -> Path:
     return train(home, 2, "two")
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Path:
+    return train(home, 1, "whole", updates=4)
 
 
 def trees(workdir: Path) -> dict[str, dict]:
@@ -94,9 +100,8 @@ def test_four_processes_and_processes_with_two_devices_do_what_one_does(home, al
 
 
 @pytest.mark.slow
-def test_a_restart_with_another_number_of_processes_goes_on(home, alone, pair):
+def test_a_restart_with_another_number_of_processes_goes_on(home, alone, pair, whole):
     """In the middle of exploration and in the middle of updates."""
-    whole = train(home, 1, "whole", updates=4)
     for count in (4, 1):
         workdir = home / f"from-two-to-{count}"
         shutil.copytree(pair, workdir)
@@ -114,6 +119,38 @@ def test_a_restart_with_another_number_of_processes_goes_on(home, alone, pair):
         train(home, count, lost.name)
         assert_same_trees(lost, alone)
         assert_same_metrics(lost, alone)
+
+
+@pytest.mark.slow
+def test_a_reference_model_is_read_where_its_parameters_are(home):
+    """Log-probs under the policy before training, computed by two processes together, are those of one."""
+    weights = {"loss__weights__dpo": 1.0, "loss__weights__srpo": 0.0}
+    one, two = (train(home, count, f"dpo-{count}", updates=1, **weights) for count in (1, 2))
+    assert_same_metrics(one, two)
+    lines = [list(read_jsonl(workdir / "trees" / "round_000" / "reference.jsonl")) for workdir in (one, two)]
+    assert [line["tree"] for line in lines[0]] == [line["tree"] for line in lines[1]] and len(lines[0]) == RECORDS
+    for a, b in zip(*lines, strict=True):
+        for x, y in zip(a["logprobs"], b["logprobs"], strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_all_processes_killed_during_a_save_go_on_from_the_step_before(home, whole):
+    job = start(home, 2, "train.py", *own("all-killed", updates=4, optim__steps=4, checkpoint_every=1))
+    checkpoints = home / "all-killed" / "checkpoints"
+
+    def saving() -> bool:
+        names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+        return "1" in names and any("orbax-checkpoint-tmp" in name for name in names)
+
+    wait_for(saving, job, pause=0.002)
+    for process in job:
+        process.send_signal(signal.SIGKILL)
+    finish(job)
+    assert "4" not in [path.name for path in checkpoints.iterdir()]
+    train(home, 2, "all-killed", updates=4)
+    assert_same_metrics(home / "all-killed", whole)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["3", "4"]
 
 
 @pytest.mark.slow
@@ -136,11 +173,11 @@ def test_explore_evaluate_and_export_run_in_several_processes(home, pair):
         np.testing.assert_array_equal(one[name], two[name])
 
 
-def wait_for(condition, job, seconds: float = 300) -> None:
+def wait_for(condition, job, seconds: float = 300, pause: float = 0.1) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and all(p.poll() is None for p in job)
-        time.sleep(0.1)
+        time.sleep(pause)
 
 
 @pytest.mark.slow
