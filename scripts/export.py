@@ -13,7 +13,7 @@ from srpo_jax.models.peft import save_adapters
 from srpo_jax.runs import adapter_base, load_run
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Work directory of the run.", required=True)
-OUTPUT = flags.DEFINE_string("output", None, "Folder to write.", required=True)
+OUTPUT = flags.DEFINE_string("output", None, "Folder or address to write.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of the weights in the file.")
 ADAPTER = flags.DEFINE_bool("adapter", False, "Write the adapters alone, in PEFT's format.")
@@ -28,7 +28,7 @@ def main(_):
     policy, step = load_run(CHECKPOINT.value, STEP.value)
     dtype = jnp.dtype(DTYPE.value)
     if ADAPTER.value:
-        base = adapter_base(CHECKPOINT.value, policy.params).absolute()  # refuses a run that trained more
+        base = adapter_base(CHECKPOINT.value, policy.params)  # refuses a run that trained more
         save_adapters(OUTPUT.value, policy.config, policy.params, BASE.value or base, dtype)
     else:
         policy.save(OUTPUT.value, dtype=dtype)

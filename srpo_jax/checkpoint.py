@@ -57,7 +57,9 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"keep must be at least 1, not {keep}")
         path = epath.Path(directory)
-        self.directory = path if "://" in str(directory) else path.absolute()  # "absolute" would make a local path of an address
+        self.directory = (
+            path if "://" in str(path) else path.absolute()
+        )  # `absolute` takes an address for a relative path
         self._keep = keep
         self._read_only = read_only
         if read_only and not self.directory.is_dir():

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from etils import epath
 from ml_collections.config_dict import placeholder
 
 from srpo_jax import sharding
@@ -282,9 +283,9 @@ def check_batch(run: RunConfig, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-def policy_path(path: str) -> Path:
-    """The folder of the policy, "embedded" resolved to the one in the package."""
-    return ASSETS / "base_policy" if path == EMBEDDED else Path(path)
+def policy_path(path: str) -> epath.Path:
+    """Folder or address of the policy, "embedded" resolved to the one in the package."""
+    return epath.Path(ASSETS / "base_policy" if path == EMBEDDED else path)
 
 
 def build_policy(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> Policy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,18 @@ from srpo_jax.models.lora import is_adapter
 from srpo_jax.models.peft import base_folder, is_adapter_folder
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
+from srpo_jax.models.remote import is_address
 from srpo_jax.training import workdir
 from srpo_jax.training.state import abstract_state, place_frozen, select_trainable
 
 
 def is_run(path: str | Path) -> bool:
     """Whether `path` is a work directory of training, not a Hugging Face folder (both hold a config.json)."""
-    return (Path(path) / "checkpoints").is_dir() and (Path(path) / workdir.CONFIG_FILE).is_file()
+    if not (Path(path) / workdir.CONFIG_FILE).is_file():
+        return False
+    with contextlib.suppress(workdir.WorkdirError):
+        return (Path(path) / "checkpoints").is_dir() or bool(workdir.read_config(path).get("checkpoints"))
+    return False
 
 
 def training_judge(path: str | Path) -> str:
@@ -60,8 +66,8 @@ def workdir_settings(path: str | Path) -> ml_collections.ConfigDict:
     return config
 
 
-def adapter_base(path: str | Path, params: Mapping[str, Any]) -> Path:
-    """The folder of the model that the adapters of a run belong to.
+def adapter_base(path: str | Path, params: Mapping[str, Any]) -> str:
+    """Folder or address of the model that the adapters of a run belong to.
 
     Args:
       path: work directory of the run.
@@ -77,7 +83,8 @@ def adapter_base(path: str | Path, params: Mapping[str, Any]) -> Path:
             f"{path} trained {', '.join(others[:3])} beside adapters, if any; export it whole, without --adapter"
         )
     start = configs.policy_path(config.policy.path)
-    return base_folder(start, config.policy.base) if is_adapter_folder(start) else start
+    base = base_folder(start, config.policy.base) if is_adapter_folder(start) else start
+    return str(base if is_address(base) else base.absolute())
 
 
 def load_processor(config: ml_collections.ConfigDict) -> Processor:
@@ -112,7 +119,7 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     frozen = place_frozen(start.params, like.frozen)
     start = dataclasses.replace(start, params={})  # room for the trained ones
     like = like.moving()._replace(opt_state=jax.tree.map(lambda _: ..., like.opt_state))
-    with Checkpointer(path / "checkpoints", read_only=True) as checkpoints:
+    with Checkpointer(run.checkpoints or path / "checkpoints", read_only=True) as checkpoints:
         state, metadata = checkpoints.restore(step, like)
     if metadata.get("frozen") != params_fingerprint(frozen):
         raise CheckpointMismatchError(

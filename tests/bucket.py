@@ -1,4 +1,4 @@
-"""A stand-in for Google Cloud Storage on this machine: as much of its JSON API as tensorstore, gcsfs and Google's client ask for.
+"""A stand-in for Google Cloud Storage: as much of its JSON API as tensorstore, gcsfs and Google's client ask for.
 
 Objects, their generations and preconditions, ranges, listing, uploads in one piece and resumable ones, copies, batches.
 """
@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"
-OBJECTS = rf"/(?:upload/|download/)?(?:storage/v1/)?b/{BUCKET}/o"
+COPY = rf"(?:/(?:rewriteTo|copyTo|moveTo)(?:/b/{BUCKET})?/o/([^/]+))?"
+OBJECT = rf"/(?:upload/|download/)?(?:storage/v1/)?b/{BUCKET}/o(?:/([^/]+))?{COPY}"
 
 
 class Bucket(BaseHTTPRequestHandler):
@@ -41,7 +42,7 @@ class Bucket(BaseHTTPRequestHandler):
         query = {name: values[-1] for name, values in parse_qs(url.query).items()}
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with self.lock:
-            if found := re.fullmatch(rf"{OBJECTS}(?:/([^/]+))?(?:/(?:rewriteTo|copyTo|moveTo)(?:/b/{BUCKET})?/o/([^/]+))?", url.path):
+            if found := re.fullmatch(OBJECT, url.path):
                 self.on_object(query, body, *(part and unquote(part) for part in found.groups()))
             elif url.path.startswith("/batch"):
                 self.on_batch(body)
@@ -106,7 +107,11 @@ class Bucket(BaseHTTPRequestHandler):
 
     def download(self, name: str, query: dict[str, str]) -> None:
         generation, data = self.objects[name]
-        told = {"x-goog-generation": generation, "x-goog-metageneration": 1, "x-goog-stored-content-encoding": "identity"}
+        told = {
+            "x-goog-generation": generation,
+            "x-goog-metageneration": 1,
+            "x-goog-stored-content-encoding": "identity",
+        }
         if query.get("ifGenerationNotMatch") == str(generation):
             self.answer(304)
         elif asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
@@ -125,8 +130,10 @@ class Bucket(BaseHTTPRequestHandler):
         name = query.get("name", "")
         if query["uploadType"] == "multipart":
             mark = b"--" + re.search(r"boundary=['\"]?([^'\";]+)", self.headers["Content-Type"])[1].encode()
-            about, content = (part.partition(b"\r\n\r\n")[2] if b"\r\n\r\n" in part else part.partition(b"\n\n")[2]
-                              for part in body.split(mark)[1:3])
+            about, content = (
+                part.partition(b"\r\n\r\n")[2] if b"\r\n\r\n" in part else part.partition(b"\n\n")[2]
+                for part in body.split(mark)[1:3]
+            )
             name = name or json.loads(about)["name"]
             body = re.sub(rb"\r?\n\Z", b"", content)
         if query["uploadType"] == "resumable":

@@ -202,7 +202,7 @@ def test_when_one_process_is_asked_to_end_all_save_the_same_step(home):
     flags = own("preempted", updates=5000, checkpoint_every=5000)
     job = start(home, 2, "train.py", *flags)
     metrics = home / "preempted" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, job)
+    wait_for(lambda: metrics.exists() and len(metrics.read_bytes().splitlines()) > 1, job)
     job[1].send_signal(signal.SIGTERM)
     done = finish(job, timeout=60)
     assert [code for code, _ in done] == [RESTART, RESTART], done[0][1][-3000:]

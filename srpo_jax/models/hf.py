@@ -15,10 +15,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from srpo_jax.models.config import ModelConfig
 from srpo_jax.models.quantize import is_quantisable, quantise
+from srpo_jax.models.remote import is_address, open_tensors
 from srpo_jax.sharding import flatten, unflatten
 
 Params = dict[str, Any]
@@ -140,7 +142,7 @@ def read_config(folder: str | Path) -> ModelConfig:
       FileNotFoundError: no such file.
       ValueError: invalid JSON, another architecture, an unsupported setting.
     """
-    path = Path(folder) / "config.json"
+    path = epath.Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; a checkpoint folder in Hugging Face's format has one")
     content = read_json(path)
@@ -156,7 +158,7 @@ def load_params(
     """Reads a checkpoint; each device gets its own slices straight from the files.
 
     Args:
-      folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+      folder: path or address of what holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
       config: the sizes to expect, usually `read_config(folder)`.
       shardings: a tree like the params, one `jax.sharding.Sharding` for all, or None for the default device.
       dtype: dtype of all parameters; None keeps the file's.
@@ -173,7 +175,7 @@ def load_params(
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     per_param = flatten(shardings) if isinstance(shardings, Mapping) else dict.fromkeys(table, shardings)
-    tensors = _open_tensors(Path(folder))
+    tensors = _open_tensors(epath.Path(folder))
     _check(tensors, config, folder)
     flat: Params = {}
     for path, source in table.items():
@@ -209,20 +211,27 @@ def _read_one(source: Source, tensor: Any, index: Index, dtype: jnp.dtype) -> np
     return np.ascontiguousarray((values.T if source.transposed else values).astype(dtype))
 
 
-def _open_tensors(folder: Path) -> dict[str, Any]:
+def _open_tensors(folder: epath.Path) -> dict[str, Any]:
     """Lazy slices of every tensor of a checkpoint, under canonical names."""
     tensors: dict[str, Any] = {}
     for path in _weight_files(folder):
-        try:
-            file = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
-        for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        for name, tensor in _slices(path).items():
             canonical = canonical_name(name)
             if canonical in tensors:
                 raise ValueError(f"{path}: tensor {name} occurs twice in the checkpoint")
-            tensors[canonical] = file.get_slice(name)
+            tensors[canonical] = tensor
     return tensors
+
+
+def _slices(path: epath.Path) -> dict[str, Any]:
+    """The tensors of a file, none of them read."""
+    if is_address(path):
+        return dict(open_tensors(path, _DTYPES))
+    try:
+        file = safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
+    return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
 
 
 def canonical_name(name: str) -> str:
@@ -233,7 +242,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _weight_files(folder: epath.Path) -> list[epath.Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -252,7 +261,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in files]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path | epath.Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -60,24 +61,24 @@ class Factors(NamedTuple):
 
 def is_adapter_folder(path: str | Path) -> bool:
     """Whether `path` holds adapters in PEFT's format."""
-    return (Path(path) / CONFIG).is_file()
+    return (epath.Path(path) / CONFIG).is_file()
 
 
-def base_folder(path: str | Path, base: str | Path | None = None) -> Path:
+def base_folder(path: str | Path, base: str | Path | None = None) -> epath.Path:
     """The folder of the model under the adapters in `path`: `base` if given, else the one that their config names.
 
     Raises:
       ValueError: the config names none, or one that is not on this machine.
     """
     if base is not None:
-        return Path(base)
-    named = read_json(Path(path) / CONFIG).get("base_model_name_or_path")
-    if not isinstance(named, str) or not Path(named).is_dir():
+        return epath.Path(base)
+    named = read_json(epath.Path(path) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not epath.Path(named).is_dir():
         raise ValueError(
-            f"{Path(path) / CONFIG}: base_model_name_or_path is {named!r}, which is no folder here; give the base's folder "
-            "(base=FOLDER, or --config.policy.base=FOLDER)"
+            f"{epath.Path(path) / CONFIG}: base_model_name_or_path is {named!r}, which is no folder here; give the "
+            "base's folder (base=FOLDER, or --config.policy.base=FOLDER)"
         )
-    return Path(named)
+    return epath.Path(named)
 
 
 def load_adapters(folder: str | Path, config: ModelConfig) -> Params:
@@ -218,9 +219,9 @@ def save_adapters(
             tensors[f"base_model.model.{module}.lora_{letter}.weight"] = np.ascontiguousarray(factor.T.astype(dtype))
         sizes[module] = one.a.shape[1], round(one.scale * one.a.shape[1], 6)  # alpha, without float32's last digits
     if distributed.is_lead():
-        with atomic_folder(Path(folder)) as partial:
-            save_file(tensors, partial / WEIGHTS, {"format": "pt"})
-            write_json(partial / CONFIG, _settings(sizes, str(base)))
+        with atomic_folder(folder, CONFIG) as draft:
+            save_file(tensors, draft.path / WEIGHTS, {"format": "pt"})
+            write_json(draft.path / CONFIG, _settings(sizes, str(base)))
     distributed.barrier()
 
 

@@ -21,6 +21,7 @@ from srpo_jax.models.lora import PARTS, LoraConfig, adapted_paths, init_adapters
 from srpo_jax.models.peft import base_folder, is_adapter_folder, load_adapters
 from srpo_jax.models.processor import Processor
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
+from srpo_jax.models.remote import on_this_machine
 from srpo_jax.models.saving import save_params
 from srpo_jax.sharding import flatten, param_shardings, unflatten
 
@@ -100,7 +101,8 @@ def load_policy(
     """Reads a checkpoint folder of the Qwen2.5-VL family in Hugging Face's format, or adapters in PEFT's with their base.
 
     Args:
-      path: the folder. Adapters stay apart from their base: they can be trained on, or merged by `Policy.save`.
+      path: the folder, or its address, such as gs://bucket/model, of which each process reads what its devices hold.
+        Adapters stay apart from their base: they can be trained on, or merged by `Policy.save`.
       base: of adapters, the folder of their base; None takes the one that their config names.
       mesh: where the parameters go, split by the table of `sharding`; None takes the default device.
       dtype: dtype of the parameters; None keeps the file's.
@@ -115,19 +117,21 @@ def load_policy(
     """
     if quantize not in (None, "int8"):
         raise ValueError(f"quantize={quantize!r}: use 'int8' or None")
-    folder = base_folder(path, base) if is_adapter_folder(path) else Path(path)
-    if base is not None and folder == Path(path):
+    adapted = is_adapter_folder(path)
+    folder = base_folder(path, base) if adapted else path
+    if base is not None and not adapted:
         raise ValueError(
             f"{path} holds no adapters (adapter_config.json), so it has no base; leave base={str(base)!r} out"
         )
-    config = read_config(folder)
-    processor = Processor.load(
-        folder, config, min_pixels=min_pixels, max_pixels=max_pixels, max_image_tokens=max_image_tokens
-    )
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_image_tokens": max_image_tokens}
+    with on_this_machine(folder) as files:
+        config = read_config(files)
+        processor = Processor.load(files, config, **limits)
     shardings = None if mesh is None else param_shardings(param_shapes(config), mesh)
     params = load_params(folder, config, shardings, dtype, int8=quantize == "int8")
-    if folder != Path(path):
-        adapters = unflatten(load_adapters(path, config))
+    if adapted:
+        with on_this_machine(path) as files:
+            adapters = unflatten(load_adapters(files, config))
         where = None if mesh is None else param_shardings(adapters, mesh)
         params = unflatten(flatten(params) | flatten(jax.device_put(adapters, where)))
     return Policy(config, graph_definition(config, params), params, processor)

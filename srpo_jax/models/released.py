@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from etils import epath
+
 from srpo_jax.models.config import ModelConfig, TextConfig, VisionConfig
 from srpo_jax.models.hf import read_config
 
@@ -54,13 +56,13 @@ def released_config(size: str) -> ModelConfig:
     return ModelConfig(text, vision, 151_655, 151_656, 151_652, 151_653)
 
 
-def config_of(path: str | Path) -> ModelConfig:
+def config_of(path: str | Path | epath.Path) -> ModelConfig:
     """The configuration in a checkpoint's folder or, where there is none, that of the released checkpoint it is named after.
 
     Raises:
       FileNotFoundError: neither a folder with a `config.json` nor a released name ("…/Qwen2.5-VL-7B-Instruct").
     """
-    folder = Path(path)
+    folder = epath.Path(path)
     names = {f"Qwen2.5-VL-{size}-Instruct": size for size in _SIZES}
     if (folder / "config.json").is_file() or folder.name not in names:
         return read_config(folder)

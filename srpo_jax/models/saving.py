@@ -6,7 +6,6 @@ In a job of several processes all call together: each tensor passes through all 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from srpo_jax import distributed
 from srpo_jax.models.config import ModelConfig
 from srpo_jax.models.hf import INDEX, WEIGHTS, Params, Source, sources
 from srpo_jax.models.lora import merged_dtype, merged_part, plain_paths
+from srpo_jax.models.remote import Draft, new_folder
 from srpo_jax.sharding import flatten, to_host
 
 if TYPE_CHECKING:
@@ -37,11 +37,11 @@ def save_params(
 ) -> None:
     """Writes a folder that `transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained` reads.
 
-    The folder appears complete or not at all: files are written beside it and renamed at the end. The lead process holds one
+    The folder appears complete or not at all (see `remote.new_folder`). The lead process holds one
     file in memory; nobody holds the model, whose adapters and quantised kernels are merged layer by layer (`lora.merged`).
 
     Args:
-      folder: must not exist yet, or be empty.
+      folder: must not exist yet, or be empty; a path, or an address such as gs://bucket/model.
       config: written as `config.json`, with the dtype of the embedding in the file.
       params: nested dict of arrays, wherever they are.
       processor: its tokenizer, chat template and image settings are written too.
@@ -63,8 +63,9 @@ def save_params(
                 _tensor(name, paths, flat, table, dtype)
         distributed.barrier()
         return
-    with atomic_folder(Path(folder)) as partial:
-        _write_tensors(partial, shards, flat, table, dtype)
+    with atomic_folder(folder) as draft:
+        _write_tensors(draft, shards, flat, table, dtype)
+        partial = draft.path
         write_json(partial / "config.json", _with_dtype(config.to_hf(), str(merged_dtype(flat, "embed", dtype))))
         if processor is not None:
             processor.save(partial)
@@ -86,38 +87,33 @@ def _check_params(flat: Mapping[str, Any], config: ModelConfig) -> None:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder`, which must not exist or be empty, when all went well."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists; choose another folder or remove it")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-    partial.mkdir()
+def atomic_folder(folder: str | Path, last: str = "config.json") -> Iterator[Draft]:
+    """`remote.new_folder`, with a message where writing fails."""
     try:
-        yield partial
-        partial.rename(folder)
+        with new_folder(folder, last) as draft:
+            yield draft
+    except FileExistsError:
+        raise
     except (OSError, SafetensorError) as error:
         raise OSError(
             f"{folder}: could not be written ({error}); nothing was left behind, free space and retry"
         ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_tensors(
-    folder: Path, shards: list[dict[str, list[str]]], flat: Params, table: Mapping[str, Source], dtype: Any
+    draft: Draft, shards: list[dict[str, list[str]]], flat: Params, table: Mapping[str, Source], dtype: Any
 ) -> None:
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {name: _tensor(name, paths, flat, table, dtype) for name, paths in names.items()}
-        save_file(tensors, folder / file, {"format": "pt"})
+        save_file(tensors, draft.path / file, {"format": "pt"})
+        draft.done(file)
         weight_map |= dict.fromkeys(names, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(draft.path / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _plan_shards(

@@ -60,6 +60,8 @@ class RunConfig:
       updates: updates per round.
       checkpoint_every: updates between checkpoints; the end of a round is always saved.
       keep: checkpoints to keep.
+      checkpoints: where they are, this run's alone: a folder, or an address such as gs://bucket/run; empty for the work
+        directory.
       max_unknown: share of branches without a verdict at which training stops.
       max_truncated: share of truncated branches at which it stops.
       style: how reference paths are written, one of `paths.STYLES`; exploration branches from the steps of "long" alone.
@@ -78,6 +80,7 @@ class RunConfig:
     updates: int = 100
     checkpoint_every: int = 50
     keep: int = 2
+    checkpoints: str = ""
     max_unknown: float = 0.5
     max_truncated: float = 0.5
     style: str = "long"
@@ -117,7 +120,7 @@ def train(
     workdir = Path(workdir)
     optimizer, offload = config.optim.make(), config.optim.offload
     donate = donate and "reference" not in config.pack.extras
-    with Checkpointer(workdir / "checkpoints", keep=config.keep) as checkpoints:
+    with Checkpointer(config.checkpoints or workdir / "checkpoints", keep=config.keep) as checkpoints:
         if checkpoints.latest() is None:
             state = init_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
             _delete(policy, state.params if donate else {})
@@ -304,11 +307,11 @@ def _round(
         with profile.at(step) if profile else contextlib.nullcontext(), observe.span("update"):
             state, metrics = update(state, sharding.place_batch(batch.batches, mesh))
             metrics = {name: float(x) for name, x in jax.device_get(metrics).items()}
+        preemption.defer(True)
         metrics["learning_rate"] = float(learning_rates(batch.step))
         _check_finite(metrics, batch)
         log.write(step, metrics | {f"batch/{k}": v for k, v in batch.counters.items()} | statistics)
         statistics = {}
-        preemption.defer(True)
         ends = distributed.anywhere(preemption.requested())
         with observe.span("save"):
             if step % config.checkpoint_every == 0 or step == stop or ends:

@@ -51,8 +51,8 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
     """
     if "://" in str(path):
         raise WorkdirError(
-            f"{path} is an address; a work directory is a folder, because lines are appended to its files. Mount the bucket, "
-            "or use a file system that all hosts see"
+            f"{path} is an address; a work directory is a folder that all hosts see, because lines are "
+            "appended to its files; checkpoints alone can be there: --config.checkpoints=ADDRESS"
         )
     wanted = _plain(config.to_dict())
     distributed.on_lead(lambda: _open(Path(path), wanted))

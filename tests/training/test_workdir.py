@@ -150,6 +150,6 @@ def _scalars(path) -> list[tuple[str, int, float]]:
 def test_an_address_is_no_folder(tmp_path, monkeypatch):
     """`Path` would make a local folder called "gs:" of it, which every host would have for itself."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*Mount the bucket"):
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*--config.checkpoints=ADDRESS"):
         open_workdir("gs://bucket/run", ml_collections.ConfigDict({"seed": 1}))
     assert not list(tmp_path.iterdir())
