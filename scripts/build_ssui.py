@@ -89,7 +89,6 @@ def main(_):
         manifest=read_manifest(MANIFEST.value),
         hook=hook,
         faces=faces,
-        hooks=f"{MODERATOR.value}, faces {FACES.value}",
     )
     cli.say(render(built.rows))
     aside = f"{len(built.aside)} set aside (set_aside.jsonl)"

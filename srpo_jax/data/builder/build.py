@@ -118,7 +118,6 @@ def build(
     manifest: Mapping[str, Mapping[str, str]] | None = None,
     hook: Hook | None = None,
     faces: Faces | None = None,
-    hooks: str = "",
 ) -> Built:
     """Builds a data set of candidates from a folder of pictures, or goes on with one that was killed.
 
@@ -128,9 +127,9 @@ def build(
       agents: see `agents.read_agents`.
       config: how.
       manifest: see `intake.read_manifest`.
-      hook: moderator of yours: sees each picture before any agent and each text after it was generated.
+      hook: moderator of yours: sees each picture before any agent and each text after it was generated. What it said is kept
+        under its name.
       faces: counts faces in a picture, for a finding.
-      hooks: names `hook` and `faces`, for provenance and so that others are asked again.
 
     Raises:
       ValueError: pictures would leave the machine unasked; an agent is told descriptions that the manifest lacks; there are
@@ -141,21 +140,33 @@ def build(
     _may_leave(agents, config)
     output.mkdir(parents=True, exist_ok=True)
     lock_folder(output)
-    pictures, aside = take_in(images, output, manifest or {}, config.intake, hook=hook, faces=faces, tag=hooks)
+    pictures, aside = take_in(images, output, manifest or {}, config.intake, hook=hook, faces=faces)
     _described(agents, pictures)
-    line = Line(output, agents, hook, hooks, config.tries)
+    looked = looks_at_pixels(agents, config, hook)
+    if not looked:
+        pictures = [dataclasses.replace(p, findings=(*p.findings, UNSEEN)) for p in pictures]
+    line = Line(output, agents, hook, config.tries)
     try:
         risky, twins = _stages(line, pictures, config)
     finally:
         line.close()
-    intake = Row("intake", len(pictures) + len(aside), len(pictures))
+    intake = Row(stage="intake", entered=len(pictures) + len(aside), passed=len(pictures))
     for one in aside:
         intake.lose(one.kind)
     canary = _canary(config, pictures)
     records = _records(line, risky, twins, config, canary)
     built = Built(records, aside + line.aside, [intake, *line.rows])
-    _write(output, built, config, canary)
+    _write(output, built, config, canary, looked)
     return built
+
+
+UNSEEN = Finding("moderation", "images", "warning", "neither a model nor a hook has looked at the pixels")
+
+
+def looks_at_pixels(agents: Mapping[str, Agent], config: BuildConfig, hook: Hook | None) -> bool:
+    """Whether somebody looks at each picture before the agents that write."""
+    model = config.image_moderator == "model" and agents["moderator"].sees == "pixels"
+    return model or hook is not None
 
 
 def _may_leave(agents: Mapping[str, Agent], config: BuildConfig) -> None:
@@ -246,7 +257,7 @@ def _without_repeats(
     for i, j in near_texts([candidate.values["question"] for candidate in everyone], config.similarity):
         near.setdefault(j, []).append(i)
     stays, kept = set(range(len(beside))), []
-    row = Row(label, len(live))
+    row = Row(stage=label, entered=len(live))
     for index, candidate in enumerate(everyone[len(beside) :], len(beside)):
         like = [i for i in near.get(index, ()) if i in stays]
         close = [i for i in like if everyone[i].picture.group == candidate.picture.group]
@@ -281,7 +292,7 @@ def _records(
 ) -> list[Record]:
     """Validated records, twins linked where both came through, each in the split of its picture's group."""
     pairs = {candidate.id for candidate in risky}, {candidate.id.removesuffix("-twin") for candidate in twins}
-    row = Row("record", len(risky) + len(twins))
+    row = Row(stage="record", entered=len(risky) + len(twins))
     line.rows.append(row)
     splits = split_groups([c.picture.group for c in (*risky, *twins)], config.splits, config.seed)
     records = []
@@ -335,7 +346,7 @@ def _canary(config: BuildConfig, pictures: Sequence[Picture]) -> str:
     return f"srpo-jax data set canary {uuid.uuid5(NAMESPACE, told)}"
 
 
-def _write(output: Path, built: Built, config: BuildConfig, canary: str) -> None:
+def _write(output: Path, built: Built, config: BuildConfig, canary: str, looked: bool) -> None:
     apart = config.unsafe_replies == "apart"
     replies = [{"id": r.id, "unsafe_reply": r.unsafe_reply} for r in built.records if apart and r.unsafe_reply]
     (output / APART).unlink(missing_ok=True)
@@ -344,7 +355,7 @@ def _write(output: Path, built: Built, config: BuildConfig, canary: str) -> None
     _write_lines(output / RECORDS, (_line(record, apart) for record in built.records))
     _write_lines(output / ASIDE, map(dataclasses.asdict, built.aside))
     write_json(output / YIELD, [dataclasses.asdict(row) for row in built.rows])
-    write_card(output / "README.md", built.records, config, canary, render(built.rows))
+    write_card(output / "README.md", built.records, config, canary, looked, render(built.rows))
     used = {image.name for record in built.records for image in record.images if isinstance(image, Path)}
     for file in (output / IMAGES).iterdir():
         if file.name not in used:  # what was refused or set aside is no part of the data set

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 
 
-def write_card(path: Path, records: Sequence[Record], config: BuildConfig, canary: str, table: str) -> None:
+def write_card(
+    path: Path, records: Sequence[Record], config: BuildConfig, canary: str, looked: bool, table: str
+) -> None:
     """Writes the card of a data set that was built.
 
     Args:
@@ -25,6 +27,7 @@ def write_card(path: Path, records: Sequence[Record], config: BuildConfig, canar
       records: those of the data set.
       config: how it was built.
       canary: its string for searches in training corpora.
+      looked: whether a model or hook looked at every picture first.
       table: the yield table as text.
     """
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
@@ -34,6 +37,7 @@ def write_card(path: Path, records: Sequence[Record], config: BuildConfig, canar
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         config=config,
         canary=canary,
+        looked=looked,
         table=table,
         total=len(records),
         risky=sum(record.risky for record in records),

@@ -155,6 +155,13 @@ def load_hook(spec: str, what: str = "moderator") -> Callable[..., Any]:
     return hook
 
 
+def name_of(hook: Callable[..., Any] | None) -> str:
+    """The name under which what a hook said is kept."""
+    if hook is None:
+        return "none"
+    return f"{getattr(hook, '__module__', '')}:{getattr(hook, '__qualname__', type(hook).__qualname__)}"
+
+
 def moderated(hook: Hook | None, kind: str, value: str | Path) -> str | None:
     """What a hook says; an answer that is neither a reason nor None stops the build, as an exception of the hook does.
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from srpo_jax.data.builder.guards import Finding, Hook, moderated
+from srpo_jax.data.builder.guards import Finding, Hook, moderated, name_of
 from srpo_jax.data.images import ImageError, open_image
 from srpo_jax.data.similarity import connected, image_hash, near_images
 from srpo_jax.files import Store
@@ -142,7 +142,6 @@ def take_in(
     *,
     hook: Hook | None = None,
     faces: Faces | None = None,
-    tag: str = "",
 ) -> tuple[list[Picture], list[SetAside]]:
     """The pictures of a folder, in order of their names, and what was set aside.
 
@@ -153,9 +152,8 @@ def take_in(
       output: stored copies go to its folder `images`.
       manifest: see `read_manifest`.
       config: licences and distances.
-      hook: sees every picture before anybody else does, and may refuse it.
-      faces: counts faces, for a finding; None leaves that out.
-      tag: names hook and faces, so that others look again.
+      hook: sees every picture before anybody else does, and may refuse it. What it said is kept under its name.
+      faces: counts faces, for a finding, the same way; None leaves that out.
 
     Raises:
       ValueError: no picture in the folder, or a manifest's line about a picture that is not there.
@@ -185,7 +183,7 @@ def take_in(
             if sha256 in config.removed:
                 aside.append(SetAside(name, name, "intake", "removed", "it was taken out on request"))
                 continue
-            key = f"{sha256}:{tag}"
+            key = f"{sha256}, moderator {name_of(hook)}, faces {name_of(faces)}"
             line = known.get(key)
             if line is None or ("stored" in line and not (output / line["stored"]).is_file()):
                 line = {"key": key, **_look(file, output, hook, faces)}

@@ -11,7 +11,6 @@ What a guard or moderator refuses stands in neither, only that it was refused, a
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -62,21 +61,45 @@ class Candidate:
 
 
 @dataclasses.dataclass
-class Row:
-    """A stage's line in the yield table: candidates in and out, why others were set aside, and what it took.
+class Spent:
+    """What was spent; `cost` adds up what is known, `unpriced` counts replies without a known cost."""
 
-    `cost` adds up what is known; `unpriced` counts replies without a known cost.
-    """
-
-    stage: str
-    entered: int = 0
-    passed: int = 0
-    aside: dict[str, int] = dataclasses.field(default_factory=dict)
     tries: int = 0
     input_tokens: int = 0
     output_tokens: int = 0
     cost: float = 0.0
     unpriced: int = 0
+
+    def add(self, reply: Reply, cost: float | None) -> None:
+        """Adds a reply."""
+        told = (1, reply.input_tokens or 0, reply.output_tokens or 0, cost or 0.0, int(cost is None))
+        self.spend(Spent(*told))
+
+    def spend(self, other: Spent) -> None:
+        """Adds what was spent elsewhere."""
+        for field in dataclasses.fields(Spent):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+
+@dataclasses.dataclass
+class _Question:
+    """What is asked about a candidate: `first` is the text of the first try, `key` names the outcome."""
+
+    candidate: Candidate
+    ask: Ask
+    key: str
+    first: str
+    spent: Spent = dataclasses.field(default_factory=Spent)
+
+
+@dataclasses.dataclass
+class Row(Spent):
+    """A stage's line in the yield table: candidates in and out, why others were set aside, and what it took."""
+
+    stage: str = ""
+    entered: int = 0
+    passed: int = 0
+    aside: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def lose(self, kind: str, count: int = 1) -> None:
         """Counts what was set aside."""
@@ -91,10 +114,10 @@ class Line:
       rows: the yield table so far.
     """
 
-    def __init__(self, output: Path, agents: Mapping[str, Agent], hook: guards.Hook | None, hook_name: str, tries: int):
+    def __init__(self, output: Path, agents: Mapping[str, Agent], hook: guards.Hook | None, tries: int):
         """`tries` of a question whose answers cannot be used; the later ones show what was wrong."""
         self._output, self._agents, self._hook, self._tries = output, agents, hook, tries
-        self._rules = f"guards {guards.VERSION}, moderator {hook_name}"
+        self._rules = f"guards {guards.VERSION}, moderator {guards.name_of(hook)}"
         self._templates: dict[str, PromptFile] = {}
         work = output / "work"
         work.mkdir(parents=True, exist_ok=True)
@@ -104,7 +127,7 @@ class Line:
             self._files.enter_context(Store.open(work, name)) for name in ("outcomes.jsonl", "log.jsonl")
         )
         # What more tries might mend is asked again.
-        known = (o for o in self._outcomes.lines if o["kind"] != "unusable" or o["spent"][0] >= tries)
+        known = (o for o in self._outcomes.lines if o["kind"] != "unusable" or o["spent"]["tries"] >= tries)
         self._known = {outcome["key"]: outcome for outcome in known}
         self.aside: list[SetAside] = []
         self.rows: list[Row] = []
@@ -135,14 +158,13 @@ class Line:
         Raises:
           EndpointError: an agent cannot be used; what is known is kept.
         """
-        row = Row(label or stage.name, len(candidates))
+        row = Row(stage=label or stage.name, entered=len(candidates))
         self.rows.append(row)
         template = self._template(stage.name)
         asks = [self._ask(stage, template, candidate, material(candidate)) for candidate in candidates]
         keys = [self._key(stage, template, *pair) for pair in zip(candidates, asks, strict=True)]
-        self._ask_all(
-            stage, [(c, a, k) for c, a, k in zip(candidates, asks, keys, strict=True) if k not in self._known]
-        )
+        known = zip(candidates, asks, keys, strict=True)
+        self._ask_all(stage, [_Question(c, ask, key, ask.user) for c, ask, key in known if key not in self._known])
         passed = []
         for candidate, key in zip(candidates, keys, strict=True):
             told = self._known.get(key)
@@ -150,7 +172,7 @@ class Line:
                 self.set_aside(candidate, row.stage, "unanswered", "no answer came through; run again")
                 row.lose("unanswered")
                 continue
-            self._count(row, told)
+            row.spend(Spent(**told["spent"]))
             if told["kind"] is not None:
                 self.set_aside(candidate, row.stage, told["kind"], told["reason"])
                 row.lose(told["kind"])
@@ -185,84 +207,65 @@ class Line:
         whole += [ask.system, ask.user, picture, stage.schema]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
-    def _ask_all(self, stage: Stage, todo: list[tuple[Candidate, Ask, str]]) -> None:
+    def _ask_all(self, stage: Stage, todo: list[_Question]) -> None:
         """Asks, and asks again what could not be used, until all is known or the tries are used up."""
-        agent = self._agents[stage.role]
-        spent: dict[str, list[float | None]] = collections.defaultdict(lambda: [0, 0, 0, 0.0, 0])
-        for number in range(1, self._tries + 1):
-            if not todo:
-                return
-            again: list[tuple[Candidate, Ask, str]] = []
-            for index, reply in agent.ask([ask for _, ask, _ in todo]):
-                candidate, ask, key = todo[index]
+        while todo:
+            again: list[_Question] = []
+            for index, reply in self._agents[stage.role].ask([question.ask for question in todo]):
                 # JSON can spell halves of characters, which no file can hold.
                 reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode())
-                if (error := self._settle(stage, candidate, ask, key, reply, spent[key], number)) is not None:
-                    again.append((candidate, self._retry(ask, reply.text, error), key))
-            todo = sorted(again, key=lambda entry: entry[0].id)
+                if (error := self._settle(stage, todo[index], reply)) is not None:
+                    again.append(self._again(todo[index], reply.text, error))
+            todo = sorted(again, key=lambda question: question.candidate.id)
 
-    def _retry(self, ask: Ask, answer: str, error: str) -> Ask:
-        prompt = self._template("retry").render({"prompt": ask.user, "answer": answer[:4000], "error": error})
-        return dataclasses.replace(ask, user=prompt.user)
+    def _again(self, question: _Question, answer: str, error: str) -> _Question:
+        material = {"prompt": question.first, "answer": answer[:4000], "error": error}
+        prompt = self._template("retry").render(material)
+        return dataclasses.replace(question, ask=dataclasses.replace(question.ask, user=prompt.user))
 
-    def _settle(
-        self, stage: Stage, candidate: Candidate, ask: Ask, key: str, reply: Reply, spent: list[Any], number: int
-    ) -> str | None:
+    def _settle(self, stage: Stage, question: _Question, reply: Reply) -> str | None:
         """Logs a reply and keeps what came of it; the error, if it is to be asked again."""
-        agent, template = self._agents[stage.role], self._template(stage.name)
+        agent, candidate = self._agents[stage.role], question.candidate
         cost = agent.cost(reply)
-        spent[:] = [
-            spent[0] + 1,
-            spent[1] + (reply.input_tokens or 0),
-            spent[2] + (reply.output_tokens or 0),
-            spent[3] + (cost or 0.0),
-            spent[4] + (cost is None),
-        ]
+        question.spent.add(reply, cost)
         kind, reason, values = self._judge(stage, candidate, reply)
-        model = reply.model if reply.model not in (None, "None") else agent.name
-        by = {
+        by = self._provenance(stage, reply)
+        asked: dict[str, Any] = {"system": question.ask.system, "prompt": redact(question.ask.user)}
+        pictures = [candidate.picture.stored_sha256] * len(question.ask.images)
+        told = {"status": reply.status, "answer": None if kind == "guard" else redact(reply.text)}
+        tokens = {"input_tokens": reply.input_tokens, "output_tokens": reply.output_tokens, "cost": cost}
+        verdict = {"kind": kind, "reason": reason and redact(reason)}
+        tries = question.spent.tries
+        self._log.append(
+            {**by, "id": candidate.id, "try": tries, **asked, "images": pictures, **told, **tokens, **verdict}
+        )
+        if kind == "unanswered":
+            return None
+        if kind == "unusable" and tries < self._tries:
+            return reason
+        outcome: dict[str, Any] = {
+            "key": question.key,
+            "stage": stage.name,
+            "id": candidate.id,
+            "kind": kind,
+            "reason": reason,
+        }
+        outcome |= {"values": values, "by": by, "spent": dataclasses.asdict(question.spent)}
+        self._known[question.key] = outcome
+        self._outcomes.append(outcome)
+        return None
+
+    def _provenance(self, stage: Stage, reply: Reply) -> dict[str, Any]:
+        agent, template = self._agents[stage.role], self._template(stage.name)
+        return {
             "agent": stage.role,
             "stage": stage.name,
             "template": template.stem,
             "version": template.version,
             "sha256": template.sha256,
-            "model": model,
+            "model": agent.name if reply.model in (None, "None") else reply.model,
             "asked": agent.name,
         }
-        self._log.append(
-            {
-                **by,
-                "id": candidate.id,
-                "try": number,
-                "system": ask.system,
-                "prompt": redact(ask.user),
-                "images": [candidate.picture.stored_sha256] * len(ask.images),
-                "status": reply.status,
-                "answer": None if kind == "guard" else redact(reply.text),
-                "input_tokens": reply.input_tokens,
-                "output_tokens": reply.output_tokens,
-                "cost": cost,
-                "kind": kind,
-                "reason": reason and redact(reason),
-            }
-        )
-        if kind == "unanswered":
-            return None
-        if kind == "unusable" and number < self._tries:
-            return reason
-        outcome = {
-            "key": key,
-            "stage": stage.name,
-            "id": candidate.id,
-            "kind": kind,
-            "reason": reason,
-            "values": values,
-            "by": by,
-            "spent": spent,
-        }
-        self._known[key] = outcome
-        self._outcomes.append(outcome)
-        return None
 
     def _judge(self, stage: Stage, candidate: Candidate, reply: Reply) -> tuple[str | None, str | None, dict[str, Any]]:
         """(kind, reason, values) of a reply: kind None if it passes."""
@@ -300,11 +303,3 @@ class Line:
         for text in texts:
             if reason := guards.moderated(self._hook, "text", text):
                 raise Refused(f"moderator: {reason}")
-
-    def _count(self, row: Row, told: Mapping[str, Any]) -> None:
-        tries, given, written, cost, unpriced = told["spent"]
-        row.tries += tries
-        row.input_tokens += given
-        row.output_tokens += written
-        row.cost += cost
-        row.unpriced += unpriced

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from srpo_jax.data.builder.agents import ROLES, Ask, is_remote, read_agents
 from srpo_jax.data.builder.stages import Excluded, Unusable, parse
 from srpo_jax.data.loaders import load_jsonl
 from srpo_jax.endpoint import Reply, ReplyStatus
-from tests.data.builder.world import World, scene, write_pictures
+from tests.data.builder.world import FENCED, World, pixels, scene, write_pictures
 
 
 class Scripted:
@@ -38,10 +40,6 @@ def obedient(world: World):
     """What the world's endpoint would say, without the socket."""
 
     def answer(ask: Ask) -> str:
-        import PIL.Image
-
-        from tests.data.builder.world import FENCED, pixels
-
         picture = pixels(PIL.Image.open(ask.images[0])) if ask.images else ""
         question = (FENCED.search(ask.user) or [None, None, ask.user])[2]
         if ask.schema is None:
@@ -60,7 +58,7 @@ def one_scene(tmp_path):
 
 def run(folder, agent, hook=None, **given):
     config = BuildConfig("Test", "x@example.org", IntakeConfig("CC0-1.0", "mine"), similarity=97.0, **given)
-    return build(folder / "pictures", folder / "out", dict.fromkeys(ROLES, agent), config, hook=hook, hooks=str(hook))
+    return build(folder / "pictures", folder / "out", dict.fromkeys(ROLES, agent), config, hook=hook)
 
 
 @pytest.mark.parametrize(
@@ -261,11 +259,7 @@ def test_an_agent_that_sees_descriptions_marks_the_record_and_gets_no_picture(on
         assert not ask.images
         if ask.schema is None:
             return plain(ask)
-        import re
-
         text = re.sub(r"There is no picture here.*?<</\w+>>\n", "", ask.user, flags=re.DOTALL)
-        from tests.data.builder.world import FENCED
-
         question = (FENCED.search(text) or [None, None, ""])[2]
         return json.dumps(getattr(world, ask.name)(pixel, question, text))
 
@@ -274,6 +268,8 @@ def test_an_agent_that_sees_descriptions_marks_the_record_and_gets_no_picture(on
     build(folder / "pictures", folder / "out", dict.fromkeys(ROLES, agent), config, manifest=told)
     records = load_jsonl(folder / "out/records.jsonl")
     assert records and all("picture replaced by its description" in r.meta["marks"] for r in records)
+    assert all("moderation" in {finding["check"] for finding in r.meta["findings"]} for r in records)
+    assert "before the agents that write: no" in (folder / "out/README.md").read_text()
     assert any("A quiet place." in ask.user for ask in agent.asked)
     assert not any("A quiet place." in ask.user for ask in agent.asked if ask.name in ("text_answer", "text_judge"))
 

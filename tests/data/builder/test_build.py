@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import signal
@@ -14,6 +16,8 @@ import pytest
 
 from srpo_jax.data.builder import BuildConfig, IntakeConfig, build, read_agents, read_manifest, render
 from srpo_jax.data.loaders import load_jsonl
+from srpo_jax.data.privacy import count_faces
+from srpo_jax.endpoint import EndpointError
 from srpo_jax.judges import rules
 from srpo_jax.paths import ParsedPath, Status
 from tests.data.builder.world import World, scene, write_pictures
@@ -79,17 +83,11 @@ def test_accepted_records_are_right_by_the_rule_of_the_world(built):
         q: r.meta for s in world.scenes.values() for r in (*s.risky, *s.harmless) for q in [(r.question, r.safe_reply)]
     }
     for record in load_jsonl(output / "records.jsonl"):
-        known = dataclass_with(record, facts[record.question, record.safe_reply])
+        known = dataclasses.replace(record, meta=facts[record.question, record.safe_reply])
         told = rules.judge(known, ParsedPath(Status.OK, (), record.safe_reply))
         assert told.safe and told.effective, record.id
         if record.unsafe_reply:
             assert not rules.judge(known, ParsedPath(Status.OK, (), record.unsafe_reply)).safe
-
-
-def dataclass_with(record, meta):
-    import dataclasses
-
-    return dataclasses.replace(record, meta=meta)
 
 
 def test_every_fault_is_set_aside_with_a_reason_and_nothing_is_lost(built):
@@ -116,8 +114,6 @@ def test_a_second_run_asks_nothing_and_gives_the_same(built):
 def test_provenance_names_template_version_digest_and_model(built):
     output, _, _, _, _ = built
     folder = REPO / "srpo_jax/data/builder/templates"
-    import hashlib
-
     digests = {file.stem: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.jinja")}
     for record in load_jsonl(output / "records.jsonl"):
         told = record.meta["provenance"]
@@ -233,7 +229,7 @@ def test_killed_in_the_middle_it_goes_on_and_gives_the_same(tmp_path):
             agents,
             config(name="Scenes", contact="x@example.org"),
             manifest=read_manifest(manifest),
-            hooks="None, faces opencv",
+            faces=count_faces,
         )
         full = len(world.requests) - before - resumed
     assert (tmp_path / "killed/records.jsonl").read_bytes() == (tmp_path / "whole/records.jsonl").read_bytes()
@@ -248,8 +244,6 @@ def test_a_closed_endpoint_ends_the_build_and_the_next_run_goes_on(tmp_path):
     with world.serve() as url:
         agents = read_agents(str(settings(url, tmp_path, retries=0, max_failures=2)))
         world.limit = 12
-        from srpo_jax.endpoint import EndpointError
-
         with pytest.raises(EndpointError, match="run again"):
             build(tmp_path / "pictures", tmp_path / "out", agents, config(), manifest=manifest)
         world.limit = None
