@@ -34,7 +34,7 @@ Edits = Mapping[str, str | None]
 
 
 class Status(enum.StrEnum):
-    """What a person decided; `DISTURBING` is a rejection after which nobody needs to see the record again."""
+    """What a person decided; `DISTURBING` is a rejection for the sake of those who would see the record."""
 
     ACCEPTED = "accepted"
     EDITED = "edited"

@@ -109,7 +109,7 @@ def _audit(review: Review, folder: str | Path, outcomes: Mapping[int, Outcome]) 
     events = [event for event in read_family(Path(folder) / LOG) if event["event"] not in ("draft", "skip")]
     before = {record.id: decisions.fields(record) for record in review.records}
     for event in events:
-        texts = before.get(event["record"], {})
+        texts = before.get(event.get("record"), {})
         event["edits"] = {n: {"before": texts.get(n), "after": a} for n, a in event.get("edits", {}).items()}
     return events + [
         {

@@ -271,7 +271,7 @@ function panels() {
   const row = view.row;
   if (row.final && row.final !== row.mine) found.push(make("div", {class: "panel"}, make("h3", {}, row.final === "differ" ? "The reviewers differ" : `Decided: ${row.final}`)));
   for (const one of view.others) found.push(proposal(`${one.reviewer}: ${one.status}`, one, false));
-  for (const one of view.aside) found.push(proposal(`Set aside ${one.time}: it was written on another version`, one, true));
+  for (const one of view.aside) found.push(proposal(`Set aside, ${new Date(one.time).toLocaleString()}: it was written on another version`, one, true));
   return found;
 }
 function proposal(title, one, warn) {

@@ -161,8 +161,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _page(request: Request) -> Response:
     """The page; with a token in the address, its cookie first, and an address without it."""
-    token = request.query_params.get("token")
-    if token is not None:
+    token, name = request.query_params.get("token"), request.path_params["name"]
+    if token is not None and hmac.compare_digest(token.encode(), request.app.state.links.token(name, "link").encode()):
         response = RedirectResponse(request.url.path, 303)
         response.set_cookie("review", token, path=request.url.path, httponly=True, samesite="strict")
         return response

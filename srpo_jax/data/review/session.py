@@ -77,7 +77,7 @@ class Review:
       records: with images as files, as `load_jsonl` gives them.
       folder: holds the log; made if missing.
       adjudicators: names that decide where two reviewers differ; all other names are reviewers.
-      twice: every record takes two reviewers, not only those of `decisions.CONTESTED`.
+      twice: every record takes two reviewers, not only those of `decisions.CONTESTED`; from then on, in this folder.
 
     Attributes:
       records: those of `records`.
@@ -92,7 +92,7 @@ class Review:
     def __init__(
         self, records: Sequence[Record], folder: str | Path, *, adjudicators: Sequence[str] = (), twice: bool = False
     ):
-        self.records, self.adjudicators, self._twice = list(records), frozenset(adjudicators), twice
+        self.records, self.adjudicators, self._twice = list(records), frozenset(adjudicators), False
         self._digests = [decisions.digest(record) for record in records]
         self._index = {record.id: index for index, record in enumerate(records)}
         self._slates: dict[int, dict[str, Slate]] = collections.defaultdict(dict)
@@ -104,6 +104,8 @@ class Review:
         self._log = Store.open(folder, LOG)
         for event in self._log.lines:
             self._replay(event)
+        if twice and not self._twice:
+            self._write({"event": "rule", "twice": True})
 
     def act(self, index: int, reviewer: str, action: str, *, version: int, edits: Any = None, note: str = "") -> Slate:
         """Writes on a slate.
@@ -186,14 +188,19 @@ class Review:
     def _append(self, index: int, reviewer: str, event: str, write: Mapping[str, Any]) -> None:
         line = {"event": event, "record": self.records[index].id, "digest": self._digests[index], "reviewer": reviewer}
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        line |= {"role": self.role(reviewer), "time": time, **write}
-        self._log.append(line)
+        self._write(line | {"role": self.role(reviewer), "time": time, **write})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        self._log.append(event)
         self._log.sync()
-        self._replay(line)
+        self._replay(event)
 
     def _replay(self, event: Mapping[str, Any]) -> None:
         """What a line of the log does to the slates; the only place where they change."""
         self.place += 1
+        if event["event"] == "rule":
+            self._twice = event["twice"]
+            return
         index = self._index.get(event["record"])
         if index is None:
             self.outdated += event["event"] == "decision"

@@ -118,6 +118,8 @@ def test_a_link_becomes_a_cookie_of_its_folder_and_leaves_the_address(anna, serv
     query = urllib.parse.urlparse(served.links["anna"]).query
     status, headers, _ = anna.ask("GET", f"?{query}", Cookie="")
     assert (status, headers["Location"]) == (303, "/anna/")
+    wrong = anna.ask("GET", "?token=" + "0" * 64, Cookie="")
+    assert (wrong[0], wrong[1]["Set-Cookie"]) == (403, None)
     cookie = headers["Set-Cookie"].lower()
     assert all(part in cookie for part in ("path=/anna/", "httponly", "samesite=strict"))
 

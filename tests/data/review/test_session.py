@@ -235,6 +235,7 @@ def test_every_contested_category_takes_two_and_so_does_an_edit_into_one(reviews
     assert review.needed(2) == 2
     assert review.outcome(2) is None
     assert reviews(twice=True).needed(3) == 2
+    assert reviews().needed(3) == 2  # the rule stays with the folder, whatever the next command says
 
 
 @pytest.mark.parametrize(
