@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
 def export(review: Review, folder: str | Path, target: str | Path) -> dict[str, Any]:
-    """Writes the data set.
+    """Writes the data set; it appears whole, by one rename.
 
     Only records with an outcome take part; undecided ones are counted. A link to a twin that is not kept, or that an edit made
     as risky as its twin, is cut, and `meta.review` tells so.
@@ -52,15 +53,18 @@ def export(review: Review, folder: str | Path, target: str | Path) -> dict[str, 
     if not kept:
         raise ValueError(f"none of the {len(outcomes)} decided records was kept; there is nothing to export")
     records = {review.records[i].id: decisions.revised(review.records[i], found.edits) for i, found in kept.items()}
-    (target / "images").mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
+    (partial / "images").mkdir(parents=True)
     lines = []
     for index, found in kept.items():
-        names = _copy_images(review.records[index], found, target)
+        names = _copy_images(review.records[index], found, partial)
         lines.append(_line(records[review.records[index].id], names, _told(review.records[index], found), records))
-    _write_lines(target / "records.jsonl", lines)
-    _write_lines(target / "audit.jsonl", _audit(review, folder, outcomes))
+    _write_lines(partial / "records.jsonl", lines)
+    _write_lines(partial / "audit.jsonl", _audit(review, folder, outcomes))
     summary = _summary(review, outcomes, lines)
-    write_json(target / "summary.json", summary)
+    write_json(partial / "summary.json", summary)
+    partial.replace(target)
     return summary
 
 
@@ -109,7 +113,7 @@ def _audit(review: Review, folder: str | Path, outcomes: Mapping[int, Outcome]) 
     events = [event for event in read_family(Path(folder) / LOG) if event["event"] not in ("draft", "skip")]
     before = {record.id: decisions.fields(record) for record in review.records}
     for event in events:
-        texts = before.get(event.get("record"), {})
+        texts = before.get(event.get("record", ""), {})
         event["edits"] = {n: {"before": texts.get(n), "after": a} for n, a in event.get("edits", {}).items()}
     return events + [
         {

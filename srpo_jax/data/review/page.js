@@ -193,6 +193,7 @@ function following() {
   return order.find((index) => rows[index].todo && rows[index].mine !== "skipped") ?? order.find((index) => rows[index].todo);
 }
 function nothing() {
+  document.documentElement.dataset.ready = "none";
   view = null;
   filter();
   byId("side").replaceChildren();

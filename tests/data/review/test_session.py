@@ -329,6 +329,16 @@ def test_an_image_that_changed_after_its_review_is_not_exported(reviews, tmp_pat
     review.records[2].images[0].write_bytes(review.records[4].images[0].read_bytes())
     with pytest.raises(ValueError, match="not the image that was reviewed"):
         export(review, tmp_path / "review", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_twins_that_an_edit_made_alike_are_unlinked(reviews, tmp_path):
+    review = reviews()
+    act(review, 2, "anna", "accept", {"category": None, "unsafe_reply": ""})
+    act(review, 3, "anna", "accept")
+    assert export(review, tmp_path / "review", tmp_path / "out")["unlinked_twins"] == 2
+    got = load_jsonl(tmp_path / "out" / "records.jsonl")
+    assert [(r.risky, r.twin, r.unsafe_reply) for r in got] == [(False, None, None)] * 2
 
 
 @pytest.mark.parametrize("seed", range(3))
