@@ -113,7 +113,8 @@ def build_evaluator(config: ml_collections.ConfigDict, folder: str | Path | None
             return evaluator_for(config.name)
         except ValueError as error:
             raise EvalConfigError(
-                f"config.eval.evaluator is empty: {error}, and name it here: 'package.module:NAME'"
+                f"config.eval.evaluator is empty: {error}, and name it here (or as --judge): 'package.module:NAME', or a judge "
+                "of docs/judges.md"
             ) from error
     if (found := _named(config.evaluator)) is not None:
         return found

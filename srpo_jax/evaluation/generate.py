@@ -225,7 +225,7 @@ def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) ->
     if tokens + config.max_tokens > context:
         raise ValueError(
             f"record {longest.record_id!r}: a prompt of {tokens} tokens and max_tokens={config.max_tokens} exceed the "
-            f"model's context of {context}; lower max_tokens or max_image_tokens"
+            f"model's context of {context}; lower config.eval.max_tokens, or max_image_tokens of the policy"
         )
     patches = max(p.encoded.patches for p in prompts)
     if patches and config.patches:

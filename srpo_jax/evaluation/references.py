@@ -46,7 +46,7 @@ def _own(records: Sequence[Record], evaluator: Evaluator, folder: str | Path | N
     bare = sum(record.risky and not record.unsafe_reply for record in records)
     for name in (REFUSE, COMPLY):
         if name == COMPLY and bare:
-            rows.append(_missing(name, records, evaluator.name, f"{bare} risky records have no unsafe_reply"))
+            rows.append(_missing(name, records, evaluator.name, f"the unsafe_reply of {bare} risky records is missing"))
             continue
         replies = [REFUSAL if name == REFUSE else _comply(record) for record in records]
         responses = [_response(record, reply) for record, reply in zip(records, replies, strict=True)]

@@ -162,3 +162,19 @@ def test_other_prompts_are_not_compared(tmp_path, judged):
     other = [dataclasses.replace(samples[0], question="What else?"), *samples[1:]]
     with pytest.raises(ComparisonError, match="is another one in the baseline"):
         compare(samples, other, names=("a", "b"))
+
+
+def test_an_effect_is_looked_for_again_among_answers_of_like_length(tmp_path):
+    """A judge that likes length: the policy's gain is all in answers that are twice as long, and gone among the others."""
+    own = through_disk(tmp_path, answered([r.safe_reply for r in RECORDS]))
+    risky = [s for s in own if s.risky]
+    longer = {s.id for s in risky[: len(risky) // 2]}
+    ours = [dataclasses.replace(s, answer=2 * s.answer) if s.id in longer else s for s in own]
+    theirs = [dataclasses.replace(s, safe=False) if s.id in longer else s for s in own]
+    found = compare(ours, theirs, names=("long", "short"))
+    assert found["metrics"]["SE"]["value"] == 0.5 and found["metrics"]["SE"]["p"] < 0.05
+    alike = found["length_matched"]["SE"]
+    assert (alike["prompts"], alike["value"], alike["flips"]) == (len(risky) - len(longer), 0, {"up": [], "down": []})
+    assert found["length_matched"]["helpful"]["prompts"] == sum(not s.risky for s in own)
+    mute = [dataclasses.replace(s, answer=None) for s in own]
+    assert compare(mute, theirs, names=("mute", "short"))["length_matched"] == {}

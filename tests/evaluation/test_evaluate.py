@@ -59,9 +59,9 @@ def test_reference_rows_come_from_the_evaluator():
     bare = [dataclasses.replace(record, unsafe_reply=None) for record in RECORDS]
     refuse, comply = reference_rows(bare, WORLD)
     risky = sum(record.risky for record in bare)
-    assert (refuse["S"]["rate"], comply["not_computed"]) == (1, f"{risky} risky records have no unsafe_reply")
+    assert (refuse["S"]["rate"], comply["not_computed"]) == (1, f"the unsafe_reply of {risky} risky records is missing")
     told = render({"evaluations": [], "references": [refuse, comply]})
-    assert f"comply with everything: not computed, because {risky} risky records have no unsafe_reply" in told
+    assert f"comply with everything: not computed, because the unsafe_reply of {risky} risky" in told
 
 
 def test_results_keep_order_and_replace_in_place(tmp_path):

@@ -13,7 +13,7 @@ jobs = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(jobs)
 
 COUNT = 11
-SCRIPT = f'''
+SCRIPT = f"""
 import json
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def main(_):
 
 if __name__ == "__main__":
     cli.run(main)
-'''
+"""
 
 
 def judge(home, count):

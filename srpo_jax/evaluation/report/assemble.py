@@ -186,3 +186,15 @@ def reasoning_by_answer(row: Row) -> dict[str, int]:
     word = {True: "yes", False: "no", None: "unknown"}
     risky = [s for s in row.samples if s.risky]
     return dict(Counter(f"{word[s.path_safe]} {word[s.safe]}" if s.whole_path else "malformed" for s in risky))
+
+
+def own_rates(contents: Contents) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:
+    """The rates that a benchmark itself reports, rows of label and rates by task; reference rows last."""
+    found: dict[str, list[tuple[str, Mapping[str, Any]]]] = {}
+    named = [(row.label, row.entry) for row in contents.rows]
+    for label, entry in [*named, *((str(entry["name"]), entry) for entry in contents.references)]:
+        if rates := entry.get("rates"):
+            point = {"low": None, "high": None, "unknown": 0}  # a number without interval
+            told = {name: rate if isinstance(rate, dict) else {"rate": rate, **point} for name, rate in rates.items()}
+            found.setdefault(str(entry.get("task")), []).append((label, told))
+    return found

@@ -24,7 +24,7 @@ from srpo_jax.evaluation.combs import Comb, CombSet
 from srpo_jax.evaluation.comparison import METRICS
 from srpo_jax.evaluation.metrics import first_unsafe_step
 from srpo_jax.evaluation.report import plots
-from srpo_jax.evaluation.report.assemble import Contents, Row, drift, health, reasoning_by_answer
+from srpo_jax.evaluation.report.assemble import Contents, Row, drift, health, own_rates, reasoning_by_answer
 from srpo_jax.evaluation.samples import SAMPLES, Sample, SampleStep
 from srpo_jax.evaluation.statistics import Outcome
 
@@ -86,6 +86,7 @@ def render_page(
         plot=plots.trade_off(contents),
         series=[plots.series(contents, i) for i in range(len(rows))],
         grids=_grids(rows),
+        own=own_rates(contents),
         histograms=[plots.histogram(drift(row), i) for i, row in enumerate(rows)],
         crosses=[reasoning_by_answer(row) for row in rows],
         health=[health(row) for row in rows],

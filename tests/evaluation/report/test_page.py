@@ -76,6 +76,23 @@ def test_the_page_says_what_results_say_and_loads_nothing(workdir, made):
     assert (workdir / "report.html").read_bytes() == first  # nothing of the moment is in it
 
 
+def test_a_benchmarks_own_rates_and_swapped_steps_are_tables(workdir):
+    rate = {"n": 8, "rate": 0.375, "low": 0.1, "high": 0.7, "unknown": 0.25, "best": 0.5}
+    none = rate | {"n": 0, "rate": None, "low": None, "high": None}
+    step = {"step": 4, "title": "Determine", "S": dict.fromkeys(("reference", "corrupted", "unsafe_opening"), rate)}
+    results = read_results(workdir / "results.json")
+    results["evaluations"][1] |= {"task": "bsa", "rates": {"Safe@1": rate, "F": 0.625, "<Think>": none}}
+    results["evaluations"][1] |= {"interventions": {"steps": [step | {"followed": none}], "donors": {}}}
+    results["references"][1] = {"not_computed": "nobody knows"} | {
+        key: results["references"][1].get(key) for key in ("name", "benchmark", "evaluator", "decoding")
+    }
+    (workdir / "results.json").write_text(json.dumps(results))
+    text = "".join(read(write_report(workdir)).text.split())
+    assert "bsa:itsownratespolicySafe@1F<Think>bsa:SRPO(greedy)37.5*10–7062.5–" in text
+    assert "4Determine37.5*10–7037.5*10–7037.5*10–70–" in text
+    assert "notcomputed:nobodyknows" in text
+
+
 def test_only_this_script_and_this_style_are_allowed(workdir):
     page = read(write_report(workdir))
     [policy] = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
