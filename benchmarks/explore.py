@@ -1,6 +1,6 @@
 """Exploring whole trees with the engine, against the same branches from prefixes that are prefilled apart.
 
-python benchmarks/explore.py [--prompt=1200 --step=60 --branch=256 --k=4 --trees=4] [--torch_trees=1]
+python benchmarks/explore.py [--prompt=1200 --step=60 --branch=256 --k=4 --trees=4] [--torch_trees=1] [--dtype=float32]
 
 Arms, on the same weights (random, the embedded policy's sizes) and pictures, at temperature 1:
   engine   `exploration.scheduler.sample`: image and trunk once per tree, KV shared, places refilled.
@@ -15,6 +15,7 @@ A random subset of the vocabulary ends a turn, so lengths are geometric (mean `b
 are medians of interleaved repetitions after a first, untimed one.
 """
 
+import dataclasses
 import json
 import platform
 import statistics
@@ -53,13 +54,17 @@ SIZES = {
 }
 for name, (default, text) in SIZES.items():
     flags.DEFINE_integer(name, default, text)
+flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "of our arms' parameters; torch runs beside float32 alone"
+)
 FLAGS = flags.FLAGS
 STEPS = 6
 
 
 def make_policy() -> Policy:
     base = load_policy(ASSETS / "base_policy", max_pixels=FLAGS.pixels**2, max_image_tokens=4096)
-    return init_policy(base.config, base.processor, 0)
+    policy = init_policy(base.config, base.processor, 0)
+    return dataclasses.replace(policy, params=jax.tree.map(lambda x: x.astype(FLAGS.dtype), policy.params))
 
 
 def make_picture(rng: np.random.Generator) -> PIL.Image.Image:
@@ -122,7 +127,8 @@ def apart_arm(policy: Policy, requests: list[Request], how: SampleConfig):
             keys=keys[:, None],
             counts=jnp.ones_like(empty.trees.counts),
         )
-        trunk = KVCache.of(copy(keys_, 1), copy(values, 1), int8=False)
+        keys_, values = (copy(x, 1).astype(empty.cache.trunk.keys.dtype) for x in (keys_, values))
+        trunk = KVCache.of(keys_, values, int8=False)
         return empty._replace(trees=trees, cache=CombCache(trunk, empty.cache.own))
 
     def run() -> list[engine.Samples]:
@@ -224,6 +230,8 @@ def seconds(run) -> float:
 
 
 def main(_):
+    if FLAGS.torch_trees and FLAGS.dtype != "float32":
+        raise app.UsageError(f"--dtype={FLAGS.dtype}: the arms in torch run in float32; add --torch_trees=0")
     policy, rng = make_policy(), np.random.default_rng(0)
     pictures = [make_picture(rng) for _ in range(FLAGS.trees)]
     trunks = make_trunks(policy, pictures)
@@ -249,7 +257,8 @@ def main(_):
     report["ratio"] = {f"engine/{name}": rates["engine"] / rate for name, rate in rates.items() if name != "engine"}
     report["device"] = f"{jax.devices()[0].device_kind} {platform.machine()}"
     report["sizes"] = {name: getattr(FLAGS, name) for name in SIZES} | {
-        "parameters": sum(x.size for x in jax.tree.leaves(policy.params))
+        "parameters": sum(x.size for x in jax.tree.leaves(policy.params)),
+        "dtype": FLAGS.dtype,
     }
     report["versions"] = {name: version(name) for name in ("jax", "flax", "numpy")}
     if FLAGS.torch_trees:

@@ -31,6 +31,7 @@ UPDATES = {
     "update 3B lora v5e-1": ("3B", "lora", "v5e-1", 768),
     "update 3B lora v5e-1 largest picture": ("3B", "lora", "v5e-1", 16_384),
     "update 3B full v5e-8": ("3B", "full", "v5e-8", 768),
+    "update 3B full v5e-8 offload": ("3B", "full", "v5e-8", 768),
     "update 7B full v5e-16": ("7B", "full", "v5e-16", 768),
     "update 7B full v5p-8": ("7B", "full", "v5p-8", 768),
 }
@@ -60,6 +61,8 @@ def compile_case(name: str) -> dict:
     size, kind, place, picture = (UPDATES | EXPLORATIONS)[name]
     where = find_slice(place)
     config = config_of(size, kind, picture, len(where.devices))
+    if name.endswith("offload"):  # the optimizer's moments wait in the host's memory
+        config = changed_config(config, {"optim.offload": True})
     told = {
         "case": name,
         "chips": len(where.devices),

@@ -124,3 +124,30 @@ def test_int8_keys_and_values_keep_two_digits_at_any_size(size):
     assert whole.dtype == jnp.int8
     np.testing.assert_allclose(whole * scale[..., None], x, atol=float(jnp.abs(x).max()) / 254 * 1.001)
     assert jax.tree.leaves(round_to_int8(jnp.zeros((2, D)), axis=-1))[0].tolist() == [[0] * D] * 2
+
+
+def largest_array(jaxpr) -> int:
+    """Elements of the largest array that a program makes, its inner programs included."""
+    found = max((x.aval.size for e in jaxpr.eqns for x in e.outvars if hasattr(x.aval, "size")), default=0)
+    for equation in jaxpr.eqns:
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            found = max(found, largest_array(inner) if hasattr(inner, "eqns") else 0)
+    return found
+
+
+def test_no_array_of_all_tokens_by_all_tokens_exists_in_what_a_gpu_runs(monkeypatch):
+    """Forward and backward pass of 7,680 tokens with 16 query and 2 key/value heads, also lowered for CUDA."""
+    n, r = 30, 256
+    tokens = jax.ShapeDtypeStruct((1, n, r), jnp.int32)
+    rows = Rows(tokens, tokens, tokens, tokens, tokens, jax.ShapeDtypeStruct((1, n, 6), jnp.int32))
+    qkv = tuple(jax.ShapeDtypeStruct((1, n, r, heads, 128), jnp.bfloat16) for heads in (16, 2, 2))
+
+    def gradient(qkv, rows):
+        return jax.grad(lambda a: jnp.sum(attention.tree_attention(rows)(*a).astype(jnp.float32) ** 2))(qkv)
+
+    assert largest_array(jax.make_jaxpr(gradient)(qkv, rows).jaxpr) < (n * r) ** 2 / 2
+    exported = jax.export.export(jax.jit(gradient), platforms=["cuda"])(qkv, rows)
+    assert exported.platforms == ("cuda",) and f"{n * r}x{n * r}" not in exported.mlir_module()
+    monkeypatch.setattr(attention, "SCORE_BYTES", 1 << 40)  # all rows at once: the check would see it
+    assert largest_array(jax.make_jaxpr(lambda *a: gradient(*a))(qkv, rows).jaxpr) > (n * r) ** 2
