@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from srpo_jax import cli
 from srpo_jax.data.converters import LAYOUTS, convert_row
-from srpo_jax.data.formats import WRITERS, convert
+from srpo_jax.data.formats import PARTS, WRITERS, convert
 from srpo_jax.data.loaders import LoadError, Records, open_records
 from srpo_jax.data.publish import publish
 from srpo_jax.data.rows import FORMATS, Row, guess_format
@@ -51,9 +51,9 @@ def read_layout(records: Records, layout: str, index: int) -> list:
 def main(_):
     form = FORMAT.value or guess_format(SOURCE.value)
     schema = "ssui" if LAYOUT.value == "ssui" else "sft"
-    records = open_records(
-        SOURCE.value, form, SPLIT.value, revision=REVISION.value, image_folder=IMAGES.value, schema=schema
-    )
+    # Embedded pictures pass through files, because one that was decoded would be encoded anew.
+    images = IMAGES.value or (None if form in ("jsonl", "json") else Path(OUT.value, PARTS, "images"))
+    records = open_records(SOURCE.value, form, SPLIT.value, revision=REVISION.value, image_folder=images, schema=schema)
     read = (lambda i: [records[i]]) if LAYOUT.value == schema else partial(read_layout, records, LAYOUT.value)
     report = convert(
         len(records),

@@ -33,6 +33,7 @@ from srpo_jax.files import write_json
 
 REPORT = "conversion.json"
 PARTS = ".parts"
+"""Folder of an unfinished conversion, removed at its end."""
 AnyRecord = Record | SftRecord
 
 

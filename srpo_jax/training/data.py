@@ -246,11 +246,12 @@ def step_batches(
         step, found, faults = read
         if isinstance(stored, RecordTrees):
             # All processes learn of all faults, and so end at the same update.
-            met = {i: why for part in _everywhere(f"{name}/broken", step, mine, faults) for i, why in part.items()}
+            met = dict(x for part in _everywhere(f"{name}/broken", step, mine, [*faults.items()]) for x in part)
             for index in met.keys() - broken.keys():
                 logging.warning("broken, the next record takes its place: %s", met[index])
             broken.update(met)
-            check_broken(broken, stored.records.max_broken)
+            whole = all(tree is not None for tree in found)
+            check_broken(broken, stored.records.max_broken if whole else 0)
         trees = [tree for tree in found if tree is not None]
         if isinstance(source, EncodedTrees):
             trees = [source.encoded(tree) for tree in trees]

@@ -192,3 +192,20 @@ def test_a_picture_is_stored_once_and_with_its_extension(world, tmp_path):
     converted(twice, "jsonl", tmp_path / "out")
     [stored] = (tmp_path / "out" / "images").iterdir()
     assert stored.suffix == ".jpeg" and stored.read_bytes() == (tmp_path / "a.jpeg").read_bytes()
+
+
+def test_the_command_keeps_the_bytes_of_pictures(world, tmp_path):
+    PIL.Image.new("RGB", (40, 30), (9, 90, 9)).save(tmp_path / "a.jpeg", quality=50)
+    records = [dataclasses.replace(world[2], images=(tmp_path / "a.jpeg",))]
+    converted(records, "parquet", tmp_path / "pq")
+    command = [
+        sys.executable,
+        "scripts/convert_data.py",
+        f"--source={tmp_path}/pq",
+        "--to=jsonl",
+        f"--out={tmp_path}/out",
+    ]
+    subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True)
+    [stored] = (tmp_path / "out" / "images").iterdir()
+    assert stored.read_bytes() == (tmp_path / "a.jpeg").read_bytes()
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["conversion.json", "data.jsonl", "images"]

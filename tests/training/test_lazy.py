@@ -94,6 +94,12 @@ def test_more_broken_records_than_allowed_end_the_run_and_are_named(file, tiny_p
     assert "line 4: not valid JSON" in str(error.value) and "line 9: not valid JSON" in str(error.value)
 
 
+def test_data_without_a_whole_record_end_the_run_whatever_is_allowed(file, tiny_policy):
+    source = RecordTrees(damaged(file, *range(10), max_broken=99), tiny_policy.processor, PACK)
+    with pytest.raises(BrokenRecordsError, match="10 broken records"):
+        batches(source)
+
+
 def test_broken_pictures_and_records_that_do_not_fit_count_as_broken(file, records, tiny_policy, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n cut")
     for pack, why in ((PACK, "cut.png"), (dataclasses.replace(PACK, path=(8,)), "tokens of path and reply")):
