@@ -24,8 +24,13 @@ def span(name: str) -> Iterator[None]:
         _spans[name] += time.perf_counter() - begin
 
 
+def count(name: str, value: float) -> None:
+    """Adds `value` to what is known of `name`."""
+    _spans[name] += value
+
+
 def take() -> dict[str, float]:
-    """Seconds by name since the last call; "compile" and "compilations" are those of XLA, within the spans that needed them."""
+    """Seconds and counts by name since the last call; "compile" and "compilations" are XLA's, within the spans that needed them."""
     taken = dict(_spans)
     _spans.clear()
     return taken

@@ -87,6 +87,7 @@ def test_two_processes_do_what_one_does(alone, pair):
         assert 0 < line["data"] + line["update"] <= parts <= line["seconds"]
         assert line["flops_per_second"] > line["tokens_per_second"] > 0
     assert times[0]["explore"] > 0 and times[0]["compilations"] > 0 and "explore" not in times[1]
+    assert 0.1 < times[0]["occupancy"] <= 1 and "occupancy" not in times[1]
 
 
 @pytest.mark.slow

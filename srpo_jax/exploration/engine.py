@@ -244,11 +244,13 @@ class Pulse(NamedTuple):
       busy: bool[B], whether a tree has unfinished branches.
       active: bool[], whether any has.
       hungry: bool[], whether enough places are empty for trees that wait.
+      ticks: int32[], tokens that every place could have drawn.
     """
 
     busy: jax.Array
     active: jax.Array
     hungry: jax.Array
+    ticks: jax.Array
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "config", "mesh", "ticks"), donate_argnames="state")
@@ -274,18 +276,18 @@ def decode(
     """
     model: Qwen2_5_VL = nnx.merge(graphdef, params)
 
-    def pulse(state: EngineState) -> Pulse:
+    def pulse(ticks: jax.Array, state: EngineState) -> Pulse:
         busy = (state.following < state.trees.counts) | jnp.any(state.branch != IDLE, axis=1)
-        return Pulse(busy, jnp.any(busy), jnp.sum(jnp.where(busy, 0, appetite)) > 1 - 1e-3)
+        return Pulse(busy, jnp.any(busy), jnp.sum(jnp.where(busy, 0, appetite)) > 1 - 1e-3, ticks)
 
     def going(carry: tuple[jax.Array, EngineState]) -> jax.Array:
-        now = pulse(carry[1])
-        return (carry[0] < ticks) & now.active & ~now.hungry
+        now = pulse(*carry)
+        return (now.ticks < ticks) & now.active & ~now.hungry
 
-    _, state = jax.lax.while_loop(
+    drawn, state = jax.lax.while_loop(
         going, lambda carry: (carry[0] + 1, tick(model, carry[1], config)), (jnp.int32(0), state)
     )
-    return _placed(state, mesh), pulse(state)
+    return _placed(state, mesh), pulse(drawn, state)
 
 
 def tick(model: Qwen2_5_VL, state: EngineState, config: SampleConfig) -> EngineState:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from srpo_jax import sharding
+from srpo_jax import observe, sharding
 from srpo_jax.exploration.engine import (
     EngineShape,
     EngineState,
@@ -107,9 +107,11 @@ def sample(
         appetite = places.to_device(places.appetite(len(queue)))
         state, pulse = decode(policy.graphdef, params, state, appetite, config, mesh, TICKS)
         hungry, active = bool(pulse.hungry), bool(pulse.active)
+        observe.count("decode_places", int(pulse.ticks) * len(places.held) * shape.width)
         if done := places.finished(sharding.to_local(pulse.busy)):
             samples = jax.tree.map(sharding.to_local, state.samples)
             for place, number, count in done:
+                observe.count("decoded_tokens", int(samples.lengths[place, :count].sum()))
                 yield number, jax.tree.map(lambda x, place=place, count=count: x[place, :count], samples)
 
 

@@ -87,12 +87,16 @@ def measured(spans: Mapping[str, float], seconds: float, counters: Mapping[str, 
     """Spans, rates and memory of an update; `tokens_per_second` and `mfu` are of its data and update alone.
 
     `mfu` is the share of the devices' peak that the model's operations on unique tokens make, absent for devices of which no
-    peak is known.
+    peak is known; `occupancy` the share of places in decoding that drew a token of a branch, where there was exploration.
     """
+    spans = dict(spans)
+    places, tokens = spans.pop("decode_places", 0.0), spans.pop("decoded_tokens", 0.0)
     busy = spans.get("data", 0.0) + spans.get("update", 0.0)
     values = {"data": 0.0, "update": 0.0, **spans, "seconds": seconds}
     values["tokens_per_second"] = counters["tokens"] / max(busy, 1e-9)
     values["flops_per_second"] = counters["flops"] / max(busy, 1e-9)
+    if places:
+        values["occupancy"] = tokens / places
     if chip := chip_of(jax.devices()[0].device_kind):
         values["mfu"] = values["flops_per_second"] / (chip.flops * jax.device_count())
     if peak := observe.peak_memory():
