@@ -30,7 +30,7 @@ def count(name: str, value: float) -> None:
 
 
 def take() -> dict[str, float]:
-    """Seconds and counts by name since the last call; "compile" and "compilations" are XLA's, within the spans that needed them."""
+    """Seconds and counts by name since the last call; "compile" and "compilations" are XLA's, within other spans."""
     taken = dict(_spans)
     _spans.clear()
     return taken
