@@ -137,16 +137,21 @@ def parse_edits(record: Record, value: Any) -> dict[str, str | None]:
             raise ValueError(f"{name!r} cannot be edited; fields are {', '.join(EDITABLE)}")
         if not (text is None and name in ("category", "unsafe_reply")) and not isinstance(text, str):
             raise ValueError(f"field {name!r} must be text, not {type(text).__name__}")
-        if text is not None and len(text) > LONGEST:
-            raise ValueError(f"field {name!r} has {len(text):,} characters; {LONGEST:,} at most")
-        if text is not None and _SURROGATE.search(text):
-            raise ValueError(f"field {name!r} holds half of a character (a lone surrogate); remove it")
-        text = None if text is None else text.strip()
+        text = None if text is None else storable(name, text).strip()
         if name in ("category", "unsafe_reply"):
             text = text or None
         if text != before[name]:
             edits[name] = text
     return edits
+
+
+def storable(name: str, text: str) -> str:
+    """The text; a ValueError if it is too long, or cannot be written as UTF-8."""
+    if len(text) > LONGEST:
+        raise ValueError(f"field {name!r} has {len(text):,} characters; {LONGEST:,} at most")
+    if _SURROGATE.search(text):
+        raise ValueError(f"field {name!r} holds half of a character (a lone surrogate); remove it")
+    return text
 
 
 def revised(record: Record, edits: Edits) -> Record:

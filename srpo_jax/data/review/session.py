@@ -132,6 +132,7 @@ class Review:
             raise ReviewError(f"unknown action {action!r}: choose one of {', '.join(ACTIONS)}")
         try:
             parsed = decisions.parse_edits(record, {} if edits is None else edits)
+            decisions.storable("note", note)
         except ValueError as error:
             raise ReviewError(str(error)) from None
         write: dict[str, Any] = {"edits": parsed, "note": note}
@@ -159,10 +160,10 @@ class Review:
             raise ReviewError(
                 f"{reviewer} wrote on this record as {slate.role}; it takes another person to be the other"
             )
-        if action == "draft" and slate.decision is not None:
-            raise ReviewError("this record is decided; undo the decision to change it")
         if action == "undo" and slate.decision is None:
             raise ReviewError("there is no decision to undo")
+        if action != "undo" and slate.decision is not None:
+            raise ReviewError("this record is decided; undo the decision to change it")
         if self.role(reviewer) == "adjudicator":
             if action != "draft" and len(others) < max(2, self.needed(index)):
                 raise ReviewError("two reviewers decide before an adjudicator")

@@ -263,7 +263,20 @@ def test_what_is_no_edit_is_refused(reviews, edits):
     review = reviews()
     with pytest.raises(ReviewError):
         act(review, 2, "anna", "draft", edits)
+    with pytest.raises(ReviewError, match="note"):
+        act(review, 2, "anna", "draft", note="\udfff")
     assert review.place == 0
+
+
+@pytest.mark.parametrize("action", ["draft", "accept", "reject", "disturbing", "skip"])
+def test_a_decision_stands_until_it_is_undone(reviews, action):
+    review = reviews()
+    act(review, 2, "anna", "accept", {"question": "Mine."})
+    with pytest.raises(ReviewError, match="undo"):
+        act(review, 2, "anna", action, {"question": "Other."})
+    assert review.outcome(2).edits == {"question": "Mine."}
+    act(review, 2, "anna", "undo")
+    act(review, 2, "anna", action, {"question": "Other."})
 
 
 def test_a_record_with_a_broken_picture_cannot_be_accepted(reviews):
