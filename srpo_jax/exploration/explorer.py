@@ -122,7 +122,7 @@ def explore(
     features: FeatureCache | None = None,
     earlier: Sequence[ReasoningTree] = (),
 ) -> list[ReasoningTree]:
-    """Explores `k` continuations of every proper prefix of every record's path, or fewer where verdicts agree, and judges them.
+    """Explores `k` continuations of every proper prefix (or `config.prefixes`), fewer where verdicts agree, and judges them.
 
     Args:
       policy: whose module, processor and tokenizer to use.
