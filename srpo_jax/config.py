@@ -189,6 +189,11 @@ def _check_values(run: RunConfig) -> None:
         raise ConfigError(
             "config.pack.substitutes: substitutes have no reference log-probs, which config.loss.weights asks for"
         )
+    if run.records_per_round and run.explore.max_age:
+        raise ConfigError(
+            f"config.explore.max_age={run.explore.max_age}: with config.records_per_round={run.records_per_round} every round has other "
+            "records, so that no branch can stay; set max_age to 0 or records_per_round to None"
+        )
     least = {
         "updates": (run.updates, 1),
         "rounds": (run.rounds, 0),

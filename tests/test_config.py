@@ -341,6 +341,7 @@ def test_a_policy_is_built_quantised_and_with_adapters():
         ({"batch.workers": -1}, r"workers=-1: it must be at least 0"),
         ({"data.max_broken": -1}, r"config\.data\.max_broken=-1: it must be at least 0"),
         ({"records_per_round": 0}, r"records_per_round"),
+        ({"records_per_round": 2, "explore.max_age": 1}, r"explore\.max_age=1: with config\.records_per_round=2"),
     ],
 )
 def test_data_that_a_run_cannot_use_as_asked_is_refused(changes, message):

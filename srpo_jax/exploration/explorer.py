@@ -152,6 +152,8 @@ def explore(
         raise ValueError(f"record ids are not unique: {twice[:3]}; trees are kept by id, give every record its own")
     trunks = [make_trunk(record, policy.processor) for record in records] if trunks is None else trunks
     _check_trunks(trunks, config)
+    if earlier and [tree.trunk.record_id for tree in earlier] != [trunk.record_id for trunk in trunks]:
+        raise ValueError("earlier: the trees are of other records than those to explore")
     old = [carry_over(tree, config.waves()) for tree in earlier] or [ReasoningTree(trunk, ()) for trunk in trunks]
     branches, verdicts = Store.open(folder, "branches.jsonl"), Store.open(folder, "verdicts.jsonl")
     with branches, verdicts:

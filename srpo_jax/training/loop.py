@@ -114,7 +114,8 @@ def train(
         the policy before training.
 
     Raises:
-      TrainingError: a loss that is not finite, too many unknown or truncated branches, or a round without any pair.
+      TrainingError: a loss that is not finite, too many unknown or truncated branches, a round without any pair, or one of
+        records without steps.
       preemption.Preempted: the process was asked to end; the update under way is saved.
     """
     workdir = Path(workdir)
@@ -190,6 +191,10 @@ def _trunks(policy: Policy, data: Sequence[Any], config: RunConfig) -> list[Trun
     have theirs, and records by index get theirs when they are read."""
     if isinstance(data, Records) or not len(data) or not isinstance(data[0], Record | SftRecord):
         return []
+    if config.rounds and isinstance(data[0], SftRecord):
+        raise TrainingError(
+            f"record {data[0].id!r} and its like have no steps to branch from; train on them as they are, with rounds=0"
+        )
     trunks = [make_trunk(record, policy.processor, STYLES[config.style]) for record in data]
     check_trunks(trunks, config.pack, *([config.explore.k, config.explore.max_tokens] if config.rounds else []))
     return trunks

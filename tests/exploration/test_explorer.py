@@ -381,6 +381,8 @@ def test_branches_follow_the_key_and_the_round(run, whole):
 
 def test_records_and_folders_that_do_not_belong_together_are_refused(run, whole, records, tmp_path):
     _, folder, _ = whole
+    with pytest.raises(ValueError, match="of other records than those to explore"):
+        run(Judge(), config=ADAPTIVE, earlier=whole[0][:3])
     with pytest.raises(ValueError, match=f"not unique.*{records[0].id}"):
         run(Judge(), records=[*records, records[0]])
     with pytest.raises(ValueError, match=r"trees of other records.*another work directory"):

@@ -11,12 +11,15 @@ import numpy as np
 import optax
 import pytest
 
+import srpo_jax as sx
 from srpo_jax import sharding
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data import scenes
+from srpo_jax.data.sft import SftRecord
 from srpo_jax.exploration.explorer import ExploreConfig, explore
+from srpo_jax.exploration.trunks import make_trunk
 from srpo_jax.files import read_jsonl
-from srpo_jax.inputs import VisionInputs
+from srpo_jax.inputs import VisionInputs, batch_inputs
 from srpo_jax.judges.verdict import Verdict
 from srpo_jax.training import loop
 from srpo_jax.training.data import BatchConfig, StepBatch, step_batches
@@ -142,6 +145,28 @@ def test_adaptive_rounds_reuse_branches_and_resume_to_the_same_bits(tiny_policy,
     assert_equal(train(tiny_policy, records, judge, config, cut, mesh), params)
     assert [(cut / "trees" / f"round_00{r}" / "branches.jsonl").read_bytes() for r in (0, 1)] == lines
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def test_records_of_free_reasoning_are_learned_as_they_are_and_never_explored(tiny_policy, mesh, tmp_path):
+    """As Think in Safety publishes them: thoughts without steps, or an answer alone; the loss is that of these tokens."""
+    plain = [
+        SftRecord(f"s{i}", (), "May my child run here?", "No, rest at the shed.", ["The track is busy.", None][i % 2])
+        for i in range(4)
+    ]
+    config = dataclasses.replace(LEARN, loss=LossConfig({"sft": 1.0}), updates=1, trainable=OUTPUT)
+    train(tiny_policy, plain, None, config, tmp_path / "run", mesh)
+    [line] = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    expected = []
+    for record in plain:
+        trunk = make_trunk(record, tiny_policy.processor)
+        inputs = tiny_policy.encode([{"question": record.question}])
+        logits = sx.forward(tiny_policy, tiny_policy.params, batch_inputs([trunk.encoded], len(trunk.encoded.tokens)))
+        scores = jax.nn.log_softmax(logits[0, trunk.ends[0] - 1 : -1])
+        expected.append(-np.mean([scores[t, token] for t, token in enumerate(trunk.path)]))
+        assert inputs.tokens[0, : trunk.ends[0]].tolist() == trunk.encoded.tokens[: trunk.ends[0]].tolist()
+    assert line["loss"] == pytest.approx(np.mean(expected), rel=1e-4)
+    with pytest.raises(TrainingError, match=r"record 's0' and its like have no steps.*rounds=0"):
+        train(tiny_policy, plain, judge, dataclasses.replace(config, rounds=1), tmp_path / "explored", mesh)
 
 
 def test_what_explores_a_later_round_is_on_the_disk_first(tiny_policy, records, mesh, tmp_path, monkeypatch):
