@@ -191,8 +191,8 @@ def _check_values(run: RunConfig) -> None:
         )
     if run.records_per_round and run.explore.max_age:
         raise ConfigError(
-            f"config.explore.max_age={run.explore.max_age}: with config.records_per_round={run.records_per_round} every round has other "
-            "records, so that no branch can stay; set max_age to 0 or records_per_round to None"
+            f"config.explore.max_age={run.explore.max_age}: with config.records_per_round={run.records_per_round} "
+            "every round has other records, so that no branch can stay; set max_age to 0 or records_per_round to None"
         )
     least = {
         "updates": (run.updates, 1),
