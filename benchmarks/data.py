@@ -14,7 +14,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -132,8 +131,9 @@ def write_texts(path: Path, count: int) -> None:
 def read_texts(path: Path, queue) -> None:
     """Run in a process of its own: seconds to index, and memory before, after indexing, and at the peak of reading."""
 
-    def now() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 2**20
+    def now(which: str = "VmRSS") -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(which))
 
     pack = PackConfig(trunk=(256,), path=(128,), rows=(16,), row=64, branches=(0,), branch=(1,))
     tool, before = processor(), now()
@@ -145,8 +145,7 @@ def read_texts(path: Path, queue) -> None:
     again, opened = time.perf_counter() - begin, now()
     for _ in step_batches(RecordTrees(records, tool, pack), pack, BatchConfig(trees=8), 0, 100):
         pass
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    told = {"before_mb": before, "opened_mb": opened, "after_100_updates_mb": now(), "peak_mb": peak}
+    told = {"before_mb": before, "opened_mb": opened, "after_100_updates_mb": now(), "peak_mb": now("VmHWM")}
     queue.put({"index_s": round(index, 2), "open_again_s": round(again, 3)} | {k: round(v) for k, v in told.items()})
 
 

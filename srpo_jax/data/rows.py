@@ -258,25 +258,20 @@ def _line_index(path: Path) -> np.ndarray | Path:
 
 
 def _find_lines(path: Path) -> np.ndarray:
-    starts = [np.zeros(1, np.int64)]
+    starts, at, begins = [np.zeros(0, np.int64)], 0, True
+    unlike: list[int] = []  # lines that do not begin as an object does: only they can be blank
     with open(path, "rb") as file:
-        at = 0
         while chunk := file.read(_CHUNK):
-            starts.append(at + 1 + np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")))
-            at += len(chunk)
-        offsets = np.concatenate(starts)
-        offsets = offsets[offsets < at]
-        if not len(offsets):
-            return np.zeros((1, 0), np.int64)
-        # Only a line that does not begin as an object does can be blank.
-        first = np.memmap(path, np.uint8, "r")[offsets]
-        kept = np.ones(len(offsets), bool)
-        for i in np.flatnonzero(first != ord("{")):
-            file.seek(offsets[i])
-            kept[i] = bool(file.readline().strip())
-    if kept.all():
+            read = np.frombuffer(chunk, np.uint8)
+            here = np.flatnonzero(np.concatenate([[begins], read[:-1] == ord("\n")]))
+            unlike += (at + here[read[here] != ord("{")]).tolist()
+            starts.append(at + here)
+            at, begins = at + len(chunk), chunk.endswith(b"\n")
+        blank = [start for start in unlike if file.seek(start) >= 0 and not file.readline().strip()]
+    offsets = np.concatenate(starts)
+    if not blank:
         return offsets[None]
-    return np.stack([offsets, np.arange(1, len(offsets) + 1)])[:, kept]
+    return np.stack([offsets, np.arange(1, len(offsets) + 1)])[:, ~np.isin(offsets, blank)]
 
 
 def _open_hf(source: str | Path, split: str, revision: str | None) -> datasets.Dataset:
