@@ -164,6 +164,8 @@ def test_explore_evaluate_and_export_run_in_several_processes(home, pair):
         run(home, count, "explore.py", *own(f"trees-{count}"), "--checkpoint=two")
         run(home, count, "export.py", "--checkpoint=two", f"--output=hf-{count}", "--dtype=float32")
     one, two = (json.loads((home / f"eval-{count}" / "results.json").read_text()) for count in (1, 2))
+    devices = [told["evaluations"][0]["provenance"].pop("device") for told in (one, two)]
+    assert devices == ["1 × cpu", "2 × cpu"]
     assert one == two and one["evaluations"][0]["step"] == 2
     assert len(list(read_jsonl(home / "eval-2" / "evaluation" / "responses-1.jsonl"))) == RECORDS // 2
     one, two = (read_family(home / f"trees-{count}" / "trees" / "branches.jsonl") for count in (1, 2))
