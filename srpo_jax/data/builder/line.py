@@ -215,7 +215,8 @@ class Line:
                 # JSON can spell halves of characters, which no file can hold.
                 reply = dataclasses.replace(reply, text=reply.text.encode("utf-8", "replace").decode())
                 if (error := self._settle(stage, todo[index], reply)) is not None:
-                    again.append(self._again(todo[index], reply.text, error))
+                    answer = reply.text if reply.status is ReplyStatus.OK else f"({reply.status})"
+                    again.append(self._again(todo[index], answer, error))
             todo = sorted(again, key=lambda question: question.candidate.id)
 
     def _again(self, question: _Question, answer: str, error: str) -> _Question:
@@ -274,7 +275,7 @@ class Line:
         if reply.status is ReplyStatus.REJECTED:
             return "rejected", redact(reply.text), {}
         if reply.status is ReplyStatus.CUT:
-            return "unusable", f"{reply.status}: {reply.text}", {}
+            return "unusable", "it was cut off at the token limit; answer more briefly (or raise max_tokens)", {}
         if reply.status not in ANSWERS:
             return "unanswered", f"{reply.status}: {redact(reply.text)}", {}
         try:

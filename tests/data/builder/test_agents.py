@@ -155,6 +155,20 @@ def test_an_unusable_answer_is_asked_again_with_the_error_in_view_and_no_more_th
     assert run(folder, more, tries=3).records  # more tries are another chance
 
 
+def test_an_answer_that_was_cut_off_is_asked_for_again_in_brief(one_scene):
+    folder, world = one_scene
+    good = obedient(world)
+
+    def answer(ask):
+        cut = ask.name == "query" and "An earlier answer" not in ask.user
+        return Reply(ReplyStatus.CUT, "the reply reached its token limit") if cut else good(ask)
+
+    agent = Scripted(answer)
+    assert run(folder, agent).records
+    [_, again] = [ask.user for ask in agent.asked if ask.name == "query"]
+    assert "(cut)" in again and "answer more briefly" in again
+
+
 def test_a_moderator_that_does_not_answer_properly_lets_nothing_pass(one_scene):
     folder, world = one_scene
     good = obedient(world)
