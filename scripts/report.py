@@ -74,12 +74,11 @@ def export(workdir, form):
     folder = workdir / EVALUATION
     (workdir / "export").mkdir(exist_ok=True)
     for entry in read_results(workdir / "results.json")["evaluations"]:
-        samples, name = read_samples(folder, samples_name(entry)), f"{samples_name(entry)}_{form}"
+        samples = read_samples(folder, samples_name(entry))
         if form == "inspect":
-            path = workdir / "export" / f"{name}.json"
-            write_inspect_log(path, entry, samples, folder)
+            path = write_inspect_log(workdir / "export", entry, samples, folder)
         else:
-            path = workdir / "export" / f"{name}.jsonl"
+            path = workdir / "export" / f"{samples_name(entry)}_lmms.jsonl"
             write_lmms_lines(path, samples)
         print(path)
 

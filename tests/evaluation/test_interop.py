@@ -59,8 +59,10 @@ def test_lmms_lines_hold_every_response_and_its_outcomes(evaluated, tmp_path):
 def test_inspect_reads_the_log(evaluated, tmp_path):
     log_module = pytest.importorskip("inspect_ai.log", reason="needs inspect-ai: pip install -e '.[test-all]'")
     row, samples, folder = evaluated
-    path = tmp_path / "log.json"
-    write_inspect_log(path, row, samples, folder)
+    earlier = tmp_path / f"2026-01-01T00-00-00+00-00_srpo-jax_{samples_name(row)}.json"
+    earlier.write_text("{}")
+    path = write_inspect_log(tmp_path, row, samples, folder)
+    assert [Path(found.name).name for found in log_module.list_eval_logs(str(tmp_path))] == [path.name]
     log = log_module.read_eval_log(str(path))
     assert (log.status, log.eval.model, log.eval.dataset.samples) == ("success", "tiny", 6)
     assert {s.name: s.metrics["rate"].value for s in log.results.scores}["S"] == row["S"]["rate"]
@@ -70,7 +72,7 @@ def test_inspect_reads_the_log(evaluated, tmp_path):
         assert theirs.scores["safe"].value == ("C" if ours.safe else "I")
         assert [part.type for part in theirs.input[0].content] == ["image", "text"]
     assert log.samples[2].output.stop_reason == "max_tokens"
-    log_module.write_eval_log(log, str(tmp_path / "again.eval"))  # the format that `inspect view` lists
+    log_module.write_eval_log(log, str(tmp_path / "again.eval"))
     assert log_module.read_eval_log(str(tmp_path / "again.eval")).samples[0].metadata["risky"] is True
 
 

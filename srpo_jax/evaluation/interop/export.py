@@ -25,20 +25,24 @@ SCORES = ("safe", "effective", "refused", "path_safe", "path_effective")
 
 
 def write_inspect_log(
-    path: str | Path, entry: Mapping[str, Any], samples: Sequence[Sample], folder: str | Path
-) -> None:
-    """Writes a log that `inspect view` opens and `inspect_ai.log.read_eval_log` reads (JSON, version 2).
+    target: str | Path, entry: Mapping[str, Any], samples: Sequence[Sample], folder: str | Path
+) -> Path:
+    """Writes a log that `inspect view` lists and `inspect_ai.log.read_eval_log` reads (JSON, version 2).
 
     Pictures are the thumbnails of the samples. A rate stands there as a metric, with its interval beside it.
 
     Args:
-      path: ends in .json.
+      target: folder of the logs; an earlier log of the same entry is replaced.
       entry: of `results.json`.
       samples: of the entry.
       folder: the evaluation's, for thumbnails.
+
+    Returns:
+      The file, whose name begins with the time of writing: Inspect lists no other JSON.
     """
     now = datetime.now(UTC).isoformat(timespec="seconds")
     decoding, name = entry["decoding"], samples_name(entry)
+    earlier = list(Path(target).glob(f"*_{name}.json"))
     ids = list(dict.fromkeys(sample.id for sample in samples))
     spec = {
         "eval_id": name,
@@ -64,7 +68,12 @@ def write_inspect_log(
         "stats": {"started_at": now, "completed_at": now, "model_usage": {}},
         "samples": [_inspect_sample(sample, entry, Path(folder) / SAMPLES) for sample in samples],
     }
+    path = Path(target) / f"{now.replace(':', '-')}_{str(spec['task']).replace('_', '-')}_{name}.json"
     write_json(path, log)
+    for other in earlier:
+        if other != path:
+            other.unlink()
+    return path
 
 
 def _rate(entry: Mapping[str, Any], name: str) -> dict[str, Any]:
