@@ -101,7 +101,8 @@ def _cached_values(products: str, weights: jax.Array, cache: KVCache, dtype: jnp
     if cache.value_scales is None:
         return weighted_values(products, weights.astype(dtype), cache.values)
     weights = weights * _per_head(cache.value_scales)
-    return weighted_values(products, weights.astype(dtype), cache.values.astype(dtype))
+    # Not added up in float32: XLA's CPU backend lacks that product of two 16-bit arrays for these shapes.
+    return jnp.einsum(products, weights.astype(dtype), cache.values.astype(dtype))
 
 
 def _per_head(scales: jax.Array) -> jax.Array:
