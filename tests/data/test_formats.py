@@ -134,7 +134,7 @@ def test_another_conversion_is_not_continued(world, tmp_path):
 
 SLOW = """
 import sys, time
-from srpo_jax.data import scenes
+from srpo_jax.data import formats, scenes
 records = scenes.records("train", 24)
 def read(index):
     time.sleep(float(sys.argv[3]))
@@ -149,7 +149,7 @@ def test_a_killed_conversion_goes_on_and_ends_the_same(to, tmp_path):
     out, whole = tmp_path / "killed", tmp_path / "whole"
     running = subprocess.Popen([sys.executable, "-c", SLOW, to, out, "0.2"], env=env)
     deadline = time.monotonic() + 300
-    while len(list(out.glob(".parts/0*.json"))) < 3 and time.monotonic() < deadline:
+    while len(list(out.glob(".parts/0*.json"))) < 3 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL
