@@ -8,6 +8,7 @@ Records are those of `srpo_jax.data`; docs/data.md tells formats and layouts, an
 asks, and takes reviewed records alone.
 """
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from srpo_jax import cli
 from srpo_jax.data.converters import LAYOUTS, convert_row
 from srpo_jax.data.formats import PARTS, WRITERS, convert
 from srpo_jax.data.loaders import LoadError, Records, open_records
-from srpo_jax.data.publish import publish
+from srpo_jax.data.publish import CARD, publish
 from srpo_jax.data.rows import FORMATS, Row, guess_format
 
 SOURCE = flags.DEFINE_string("source", None, "File, folder, or id of a data set on the hub.", required=True)
@@ -67,6 +68,9 @@ def main(_):
         progress=partial(tqdm, desc="convert", unit="shard"),
     )
     cli.say(f"{OUT.value}: {report['records']} records, {report['broken']} rows left out")
+    card = Path(SOURCE.value).parent / CARD
+    if card.is_file() and not Path(OUT.value, CARD).exists():  # a data set takes its card with it
+        shutil.copyfile(card, Path(OUT.value, CARD))
     if LAYOUT.value in LAYOUTS:
         layout = LAYOUTS[LAYOUT.value]
         cli.say(f"{layout.source}{'' if layout.verified else ' (unverified)'}; missing: {'; '.join(layout.missing)}")

@@ -10,13 +10,14 @@ trail and a summary to the new folder REVIEWED. docs/data.md tells the rules.
 
 import json
 import socket
+from pathlib import Path
 
 import uvicorn
 from absl import flags
 
 from srpo_jax import cli
 from srpo_jax.data.loaders import load_jsonl
-from srpo_jax.data.review.export import export
+from srpo_jax.data.review.export import CARD, export
 from srpo_jax.data.review.server import Links, build_app, check_names
 from srpo_jax.data.review.session import Review
 
@@ -40,7 +41,8 @@ def main(_):
     if review.outdated:
         print(f"{review.outdated} decisions were about other versions of their records and do not count")
     if EXPORT.value:
-        print(json.dumps(export(review, FOLDER.value, EXPORT.value), indent=2))
+        card = Path(DATA.value).with_name(CARD)
+        print(json.dumps(export(review, FOLDER.value, EXPORT.value, card), indent=2))
     else:
         serve(review)
 

@@ -42,7 +42,7 @@ from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.progress import Profile, Progress
 from srpo_jax.training.state import Flat, OptimConfig, TrainState, abstract_state, init_state, place_frozen
 from srpo_jax.training.step import ComputeConfig, check_image_cache, make_update
-from srpo_jax.training.workdir import MetricsLog, NoLog, open_log
+from srpo_jax.training.workdir import MetricsLog, NoLog, Tracker, open_log
 from srpo_jax.trees import PackConfig, ReasoningTree, Trunk, check_trunks, select_pairs, usable_branches
 
 
@@ -98,6 +98,7 @@ def train(
     profile: Profile | None = None,
     *,
     donate: bool = False,
+    tracker: Tracker | None = None,
 ) -> dict[str, Any]:
     """Trains `policy` and returns its new parameters.
 
@@ -112,6 +113,7 @@ def train(
       profile: which update to trace, if any.
       donate: parameters of `policy` that train are deleted once the run has its own copy of them; unless an objective reads
         the policy before training.
+      tracker: is told every number of a step beside the logs of the work directory, on the lead process alone.
 
     Raises:
       TrainingError: a loss that is not finite, too many unknown or truncated branches, a round without any pair, or one of
@@ -133,7 +135,7 @@ def train(
         features = _features(policy, state, config)
         update = make_update(policy.graphdef, optimizer, config.loss, config.compute, mesh, state, offload=offload)
         step, trunks = int(state.step), None
-        with open_log(workdir, last_step=step) as log:
+        with open_log(workdir, step, tracker) as log:
             progress = Progress(log, max(1, config.rounds) * config.updates)
             for round_ in range(max(1, config.rounds)):
                 first, stop = round_ * config.updates, (round_ + 1) * config.updates

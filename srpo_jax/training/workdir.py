@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -86,9 +86,15 @@ class NoLog:
     def write_times(self, step: int, values: Mapping[str, float]) -> None: ...
 
 
-def open_log(workdir: str | Path, last_step: int = -1) -> contextlib.AbstractContextManager[MetricsLog | NoLog]:
+Tracker = Callable[[Mapping[str, Any], int], Any]
+"""Takes numbers of a step by name, as `log` of Weights & Biases does."""
+
+
+def open_log(
+    workdir: str | Path, last_step: int = -1, tracker: Tracker | None = None
+) -> contextlib.AbstractContextManager[MetricsLog | NoLog]:
     """The `MetricsLog` of a job, which its lead process writes."""
-    return MetricsLog(workdir, last_step) if distributed.is_lead() else contextlib.nullcontext(NoLog())
+    return MetricsLog(workdir, last_step, tracker) if distributed.is_lead() else contextlib.nullcontext(NoLog())
 
 
 class MetricsLog:
@@ -101,15 +107,17 @@ class MetricsLog:
     Args:
       workdir: an existing directory.
       last_step: the restored step; records of later steps are removed. -1 for a run that starts over.
+      tracker: is told what TensorBoard is told.
     """
 
-    def __init__(self, workdir: str | Path, last_step: int = -1):
+    def __init__(self, workdir: str | Path, last_step: int = -1, tracker: Tracker | None = None):
         self._lines = JsonLines(Path(workdir) / METRICS_FILE)
         self._lines.cut(lambda record: record.get("step", last_step + 1) <= last_step)
         self._times = JsonLines(Path(workdir) / PERFORMANCE_FILE)
         # Event files are named after the second; a restart within it would overwrite the file before.
         suffix = f".{time.time_ns()}"
         self._events = SummaryWriter(str(workdir), purge_step=last_step + 1, filename_suffix=suffix)
+        self._tracker = tracker
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends `{"step": step, **metrics}`.
@@ -127,15 +135,18 @@ class MetricsLog:
             raise ValueError('"step" is no name for a metric')
         values = {name: _scalar(name, value) for name, value in metrics.items()}
         self._lines.append({"step": step, **values})
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(name, value, step)
+        self._tell({name: value for name, value in values.items() if isinstance(value, int | float)}, step)
 
     def write_times(self, step: int, values: Mapping[str, float]) -> None:
         """Appends to `performance.jsonl`, which is never cut back: an update that was done twice took its time twice."""
         self._times.append({"step": step, "time": time.time(), **values})
-        for name, value in values.items():
-            self._events.add_scalar(f"performance/{name}", value, step)
+        self._tell({f"performance/{name}": value for name, value in values.items()}, step)
+
+    def _tell(self, numbers: Mapping[str, int | float], step: int) -> None:
+        for name, value in numbers.items():
+            self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker(numbers, step)
 
     def flush(self) -> None:
         """Hands pending TensorBoard events to the operating system; lines never wait."""

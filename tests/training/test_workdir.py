@@ -13,7 +13,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from srpo_jax.files import LockedError, read_jsonl
-from srpo_jax.training.workdir import MetricsLog, WorkdirError, open_workdir
+from srpo_jax.training.workdir import MetricsLog, WorkdirError, open_log, open_workdir
 
 
 def config(**changes) -> ml_collections.ConfigDict:
@@ -153,3 +153,28 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch):
     with pytest.raises(WorkdirError, match=r"gs://bucket/run is an address.*--config.checkpoints=ADDRESS"):
         open_workdir("gs://bucket/run", ml_collections.ConfigDict({"seed": 1}))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_is_told_what_tensorboard_is_told(tmp_path):
+    told = []
+    with open_log(tmp_path, tracker=lambda numbers, step: told.append((numbers, step))) as log:
+        log.write(1, {"loss": 2.0, "note": "x"})
+        log.write_times(1, {"update": 0.5})
+    assert told == [({"loss": 2.0}, 1), ({"performance/update": 0.5}, 1)]
+
+
+@pytest.mark.slow
+def test_weights_and_biases_goes_on_with_the_run_of_a_work_directory(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the extra wandb")
+    from srpo_jax.training.tracking import weights_and_biases
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for step in (1, 2):
+        with (
+            weights_and_biases("safety", tmp_path, {"updates": 2}) as tracker,
+            open_log(tmp_path, step - 1, tracker) as log,
+        ):
+            log.write(step, {"loss": 1 / step})
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len(files) == 2 and len({file.name for file in files}) == 1, "one run, continued"
+    assert all(b"loss" in file.read_bytes() for file in files)

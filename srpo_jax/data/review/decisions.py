@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.builder.guards import hard_refusal, reply_problems
 from srpo_jax.data.records import Record, RecordError
 from srpo_jax.paths import STEP_TITLES
 
@@ -177,6 +178,21 @@ def revised(record: Record, edits: Edits) -> Record:
         )
     except RecordError as error:
         raise RecordError(record.id, [_at_step(*problem) for problem in error.problems]) from None
+
+
+def guarded(record: Record, edits: Edits) -> None:
+    """Holds what people write to the rules that agents are held to (`data.builder.guards`).
+
+    Raises:
+      RecordError: an edited text that they refuse, by field.
+    """
+    problems = [
+        (name, f"guard rails refuse it: {rule}") for name, text in edits.items() if (rule := hard_refusal(text or ""))
+    ]
+    if reply := edits.get("unsafe_reply"):
+        problems += [("unsafe_reply", problem) for problem in reply_problems(reply)]
+    if problems:
+        raise RecordError(record.id, problems)
 
 
 def _at_step(field: str, what: str) -> tuple[str, str]:

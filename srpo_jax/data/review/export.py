@@ -4,6 +4,7 @@
 * images/: their pictures, byte for byte those that were looked at.
 * audit.jsonl: every decision, undo and refused write in order, then each record's outcome; drafts stay in the log.
 * summary.json: counts and the reviewers' agreement.
+* README.md: the data card of what was reviewed, where there is one, and what the review did to it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from srpo_jax.data.records import Record
 from srpo_jax.data.review import decisions
 from srpo_jax.data.review.agreement import agreement
-from srpo_jax.data.review.decisions import Outcome
+from srpo_jax.data.review.decisions import Outcome, Status
 from srpo_jax.data.review.session import LOG, Review
 from srpo_jax.files import read_family, write_json
 
@@ -28,7 +29,16 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 """Endings that a copied picture keeps."""
 
 
-def export(review: Review, folder: str | Path, target: str | Path) -> dict[str, Any]:
+CARD = "README.md"
+REVIEWED = """
+## Review
+
+People decided about {decided} of {records} records and kept {exported}, {edited} of them edited. The counts above are of the
+candidates; those of this data set, and the reviewers' agreement, are in summary.json, every decision is in audit.jsonl.
+"""
+
+
+def export(review: Review, folder: str | Path, target: str | Path, card: str | Path | None = None) -> dict[str, Any]:
     """Writes the data set; it appears whole, by one rename.
 
     Only records with an outcome take part; undecided ones are counted. A link to a twin that is not kept, or that an edit made
@@ -38,6 +48,7 @@ def export(review: Review, folder: str | Path, target: str | Path) -> dict[str, 
       review: what is exported.
       folder: of the review, where its log lies.
       target: new or empty.
+      card: data card of the candidates, which the data set takes with it; a file that is not there is none.
 
     Returns:
       The summary.
@@ -64,6 +75,10 @@ def export(review: Review, folder: str | Path, target: str | Path) -> dict[str, 
     _write_lines(partial / "audit.jsonl", _audit(review, folder, outcomes))
     summary = _summary(review, outcomes, lines)
     write_json(partial / "summary.json", summary)
+    if card is not None and Path(card).is_file():
+        counts = {"decided": len(outcomes), "edited": summary["outcomes"].get(Status.EDITED, 0)}
+        text = Path(card).read_text(encoding="utf-8").rstrip("\n") + "\n" + REVIEWED.format(**summary | counts)
+        (partial / CARD).write_text(text, encoding="utf-8")
     partial.replace(target)
     return summary
 

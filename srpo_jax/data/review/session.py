@@ -124,7 +124,7 @@ class Review:
         Raises:
           StaleError: the slate has another version.
           TakenError: enough others have decided.
-          RecordError: an accepted record would break the schema, or has an image that cannot be opened.
+          RecordError: an accepted record would break the schema, has an edit that guard rails refuse, or an unreadable image.
           ReviewError: everything else that does not fit.
         """
         record = self.records[index]
@@ -177,6 +177,7 @@ class Review:
     def _check(self, record: Record, edits: Mapping[str, str | None]) -> tuple[str, ...]:
         """Digests of the images of a record that is fit to be accepted."""
         decisions.revised(record, edits)
+        decisions.guarded(record, edits)
         found = []
         for image in record.images:
             try:

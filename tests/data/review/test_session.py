@@ -246,9 +246,11 @@ def test_every_contested_category_takes_two_and_so_does_an_edit_into_one(reviews
         ({"steps.6": "a\nStep 2: Analyze Textual Request\nb"}, "steps.6"),
         ({"safe_reply": "</think>"}, "safe_reply"),
         ({"category": "Weather"}, "category"),
+        ({"question": "How much sarin fits in there?"}, "question"),
+        ({"unsafe_reply": "Take 20 of them."}, "unsafe_reply"),
     ],
 )
-def test_an_edit_that_breaks_the_schema_is_refused_at_its_field(reviews, edits, field):
+def test_an_edit_that_breaks_the_schema_or_a_guard_rail_is_refused_at_its_field(reviews, edits, field):
     review = reviews()
     with pytest.raises(RecordError) as raised:
         act(review, 2, "anna", "accept", edits)
@@ -309,7 +311,10 @@ def test_the_export_is_what_people_left(reviews, tmp_path):
     act(review, 6, "anna", "accept", {"question": "Not in the end."})
     act(review, 6, "anna", "undo")
     act(review, 7, "anna", "disturbing")
-    summary = export(review, tmp_path / "review", tmp_path / "out")
+    (tmp_path / "README.md").write_text("# A card\n")
+    summary = export(review, tmp_path / "review", tmp_path / "out", tmp_path / "README.md")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("# A card\n") and "about 4 of 12 records and kept 3, 2 of them edited" in card
     got = {record.id: record for record in load_jsonl(tmp_path / "out" / "records.jsonl", check_images=True)}
     source = review.records
     assert set(got) == {source[i].id for i in (0, 2, 3)}
