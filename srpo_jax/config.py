@@ -199,7 +199,6 @@ def _check_values(run: RunConfig) -> None:
         "rounds": (run.rounds, 0),
         "checkpoint_every": (run.checkpoint_every, 1),
         "keep": (run.keep, 1),
-        "explore.k": (run.explore.k, 1),
         "explore.max_tokens": (run.explore.max_tokens, 1),
         "explore.trees": (run.explore.trees, 1),
     }

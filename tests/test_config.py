@@ -81,7 +81,8 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
     with config.unlocked():
         config.explore.temprature = 0.5
     with pytest.raises(
-        configs.ConfigError, match=r"config\.explore has no field temprature; it takes favourable, int8_cache,"
+        configs.ConfigError,
+        match=r"config\.explore has no field temprature; it takes adaptive, favourable, int8_cache,",
     ):
         configs.run_config(config)
 
@@ -115,7 +116,8 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("keep", 0, r"config\.keep=0: it must be at least 1"),
         ("max_unknown", 1.5, r"config\.max_unknown=1\.5: it is a share"),
         ("max_truncated", -0.5, r"config\.max_truncated=-0\.5: it is a share"),
-        ("explore.k", 0, r"config\.explore\.k=0: it must be at least 1"),
+        ("explore.k", 0, r"config\.explore: k=0: it must be at least 1"),
+        ("explore.adaptive", 5, r"config\.explore: adaptive=5.*at most k=4"),
         ("explore.temperature", -1.0, r"config\.explore: temperature=-1\.0"),
     ],
 )

@@ -85,8 +85,14 @@ class ExploreConfig:
             not self.prefixes or list(self.prefixes) != sorted(set(self.prefixes)) or not self.prefixes[0] >= 0
         ):
             raise ValueError(f"prefixes={self.prefixes}: give at least one, from 0 on, ascending; or None for all")
+        if self.k < 1:
+            raise ValueError(f"k={self.k}: it must be at least 1")
+        if not 0 <= self.adaptive <= self.k or self.wave < 1 or self.max_age < 0:
+            raise ValueError(
+                f"adaptive={self.adaptive}, wave={self.wave}, max_age={self.max_age}: adaptive is at most k={self.k} (0: all "
+                "at once), wave at least 1, max_age at least 0"
+            )
         self.sampling(())
-        self.waves()
 
     def waves(self) -> AdaptiveConfig:
         """When a prefix has enough samples: uniform exploration is settled by its first."""
