@@ -36,10 +36,10 @@ quickstart: $(VENV)/installed-run-$(KEY)
 	$(CACHE_ENV) $(BIN)/python scripts/quickstart.py $(ARGS)
 
 test: $(VENV)/installed-dev-$(KEY)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" --durations=15 $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow" --durations=15 $(ARGS)
 
 test-all: $(VENV)/installed-all-$(KEY)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=30 $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=30 $(ARGS)
 
 lint: $(VENV)/installed-dev-$(KEY)
 	$(BIN)/ruff check .

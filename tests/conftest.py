@@ -28,6 +28,26 @@ settings.register_profile("suite", deadline=None)
 settings.load_profile("suite")
 
 
+LONGEST_FIRST = (
+    "training/test_resume.py",
+    "test_distributed.py",
+    "test_scripts.py",
+    "training/test_loop.py",
+    "training/test_adapters.py",
+    "evaluation/test_script.py",
+    "models/test_parity.py",
+    "training/test_exactness.py",
+    "exploration/test_engine.py",
+    "study/test_study.py",
+)
+"""Files that end last if they begin last, while the other test processes have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.fixture(scope="session")
 def tiny_policy() -> Policy:
     """A random Qwen2.5-VL of 30,000 parameters with the embedded world's tokenizer.

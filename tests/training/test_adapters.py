@@ -181,7 +181,8 @@ def test_later_rounds_explore_with_the_adapted_policy(finished, policy, records,
         tree = ReasoningTree.from_json(lines[record.id], make_trunk(record, policy.processor))
         usable = tuple(dataclasses.replace(branch, status="ok", verdict=True) for branch in tree.branches)
         trees.append(ReasoningTree(tree.trunk, usable))
-    batch, _ = pack_trees(trees, RUN.pack)
+    batch, _ = pack_trees(trees, dataclasses.replace(RUN.pack, learns="all"))
+    assert batch.lengths.any()
 
     @jax.jit
     def score(params):

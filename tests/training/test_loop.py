@@ -395,9 +395,9 @@ def test_a_donated_policy_makes_room_for_the_run(finished, tiny_policy, records,
 def test_every_trunk_is_made_once_for_all_rounds(finished, tiny_policy, records, mesh, tmp_path, monkeypatch):
     made, inner = [], loop.make_trunk
 
-    def spy(record, processor):
+    def spy(record, *how):
         made.append(record.id)
-        return inner(record, processor)
+        return inner(record, *how)
 
     monkeypatch.setattr(loop, "make_trunk", spy)
     monkeypatch.setattr("srpo_jax.exploration.explorer.make_trunk", spy)

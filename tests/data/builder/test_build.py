@@ -29,9 +29,9 @@ def settings(url: str, folder: Path, **given) -> Path:
     values = {
         "model": "world",
         "base_url": url,
-        "retries": 2,
+        "retries": 4,
         "backoff": 0.01,
-        "timeout": 10,
+        "timeout": 60,
         "concurrency": 8,
         "prices": {"input": 1.0, "output": 2.0, "currency": "EUR"},
     } | given

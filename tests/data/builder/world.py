@@ -99,8 +99,11 @@ class World:
             def log_message(self, *_):
                 pass
 
-        http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-        http.daemon_threads = True
+        class Server(ThreadingHTTPServer):
+            daemon_threads = True
+            request_queue_size = 64  # five by default, fewer than a builder asks at once
+
+        http = Server(("127.0.0.1", port), Handler)
         thread = threading.Thread(target=http.serve_forever)
         thread.start()
         try:
