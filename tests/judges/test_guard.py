@@ -154,7 +154,7 @@ def test_a_guard_of_the_policys_architecture_compiles_no_model(config, other, ti
         verdicts = dict(judge.batch(PAIRS))
         assert compiled(caplog) <= {"jit(broadcast_in_dim)"}  # of a random key that greedy decoding does not use
         list(guard_judge(dataclasses.replace(reasoning, batch=3), other).batch(PAIRS[:1]))
-        assert compiled(caplog) > {"jit(broadcast_in_dim)"}  # another shape is heard
+        assert {"jit(prefill)", "jit(decode)"} <= compiled(caplog)  # another shape is heard
     assert [verdict.safe for verdict in verdicts.values()] == [None] * 4
     assert all(verdict.reason.startswith(("cut", "unparsable")) for verdict in verdicts.values())
 
