@@ -10,7 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from trl.trainer.dpo_trainer import DPOTrainer, add_fused_lm_head
 
 from srpo_jax.models.config import ModelConfig
-from srpo_jax.models.hf import save_params
+from srpo_jax.models.saving import save_params
 from srpo_jax.trees import ReasoningTree
 
 BETA = 0.1
@@ -103,7 +103,7 @@ class PairTrainer:
         total, count = 0.0, sum(len(batch["ref_chosen_logps"]) for batch in batches)
         for batch in batches:
             share = len(batch["ref_chosen_logps"]) / count
-            loss = share * DPOTrainer._compute_loss(self.trainer, self.model, dict(batch), False)
+            loss = share * DPOTrainer._compute_loss(cast(DPOTrainer, self.trainer), self.model, dict(batch), False)
             loss.backward()
             total += float(loss.detach())
         return total

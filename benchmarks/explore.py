@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time
 from importlib.metadata import version
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -241,13 +242,13 @@ def main(_):
     requests = requests_of(trunks)
     arms = {"engine": engine_arm(policy, requests, how), "apart": apart_arm(policy, requests, how)}
     samples = arms["engine"]()
-    report = {"check": check_same(samples, arms["apart"]())}
+    report: dict[str, Any] = {"check": check_same(samples, arms["apart"]())}
     counts = dict.fromkeys(arms, FLAGS.trees)
     report["mean_length"] = float(np.mean(np.concatenate([s.lengths for s in samples])))
     if FLAGS.torch_trees:
         arms |= torch_arms(policy, requests, pictures, how, report)
         counts |= {name: FLAGS.torch_trees for name in arms if name not in counts}
-    times = {name: [] for name in arms}
+    times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(FLAGS.repeats):
         for name, run in arms.items():
             times[name].append(seconds(run))

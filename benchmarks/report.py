@@ -36,7 +36,8 @@ def main(_):
         begin = time.perf_counter()
         path = make(Path(folder), COUNT.value)
         made = time.perf_counter() - begin
-        told = {"responses": COUNT.value, "pictures": len(list(Path(folder).glob("evaluation/samples/*.webp")))}
+        pictures = len(list(Path(folder).glob("evaluation/samples/*.webp")))
+        told: dict[str, float] = {"responses": COUNT.value, "pictures": pictures}
         told |= {"megabytes": round(path.stat().st_size / 1e6, 1), "written_s": round(made, 1), **opened(path)}
         print(json.dumps(told))
 

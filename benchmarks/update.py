@@ -118,7 +118,7 @@ def packed_arm(graphdef, tree: ReasoningTree):
 def naive_arm(graphdef, tree: ReasoningTree):
     """Two sequences per pair and one for the reference path, one after the other so that memory stays small."""
     trunk = tree.trunk
-    sides, starts = [], []
+    sides, ends = [], []
     for i in trunk.prefixes:
         here = [b for b in tree.branches if b.prefix == i]
         for plus in (b for b in here if b.verdict):
@@ -127,8 +127,8 @@ def naive_arm(graphdef, tree: ReasoningTree):
                     end = trunk.ends[i]
                     head = trunk.encoded.prefix(end)
                     sides.append(head.append(branch.tokens))
-                    starts.append(end)
-    examples, starts = [*sides, trunk.encoded], np.asarray([*starts, trunk.ends[0]])
+                    ends.append(end)
+    examples, starts = [*sides, trunk.encoded], np.asarray([*ends, trunk.ends[0]])
     longest = max(len(e.tokens) for e in examples)
     inputs = batch_inputs(examples, longest)
     pairs = STEPS * (FLAGS.k // 2) * (FLAGS.k - FLAGS.k // 2)
