@@ -34,8 +34,10 @@ A judge that answers many questions at a time also has a method `batch`: from a 
 (index, verdict), each index once, in whatever order the verdicts come."""
 
 
-def ask(judge: Callable[[Any, ParsedPath], T], pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
+def ask(judge: Callable[[Any, Any], T], pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, T]]:
     """(index of the pair, verdict) as verdicts come: by the judge's `batch` if it has one, else one by one.
+
+    A pair is a question and what is judged of it: a parsed path or, of a judge that compares, two answers.
 
     Raises:
       ValueError: a batch that answers a question twice or leaves one out.

@@ -1,5 +1,5 @@
-"""Judges: functions (record, parsed path) -> `Verdict`."""
+"""Judges: functions (record, parsed path) -> `Verdict`; of two answers, (record, `AnswerPair`) -> `Preference`."""
 
-from srpo_jax.judges.verdict import Judge, StepVerdict, Verdict
+from srpo_jax.judges.verdict import AnswerPair, Judge, PairwiseJudge, Preference, StepVerdict, Verdict
 
-__all__ = ["Judge", "StepVerdict", "Verdict"]
+__all__ = ["AnswerPair", "Judge", "PairwiseJudge", "Preference", "StepVerdict", "Verdict"]

@@ -1,8 +1,9 @@
 """Judges behind an OpenAI-compatible endpoint: a hosted model, vLLM, llama.cpp, ..., pictures included.
 
 The judge of answers sees pictures, request and answer, and not the reasoning; that of steps sees the reasoning and not the
-answer: neither verdict leans on the other. A reply counts only if it is exactly the JSON object that was asked for. Anything
-else (a refusal, a filter, a time-out, a reply in prose) is an unknown verdict whose reason names the status.
+answer: neither verdict leans on the other. One that compares sees two answers, and not who wrote them. A reply counts only if
+it is exactly the JSON object that was asked for. Anything else (a refusal, a filter, a time-out, a reply in prose) is an
+unknown verdict whose reason names the status.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ from typing import Any, Generic, TypeVar
 
 from srpo_jax.data.images import ImageError, image_url
 from srpo_jax.endpoint import Client, ClientConfig, Reply, ReplyStatus
-from srpo_jax.exploration.judging import Pair
 from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.settings import read_settings
-from srpo_jax.judges.verdict import StepVerdict, Verdict
+from srpo_jax.judges.verdict import CHOICES, AnswerPair, Preference, StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
 T = TypeVar("T")
@@ -37,6 +37,7 @@ class EndpointConfig:
       format: what the server can be held to: "json_schema", "json_object", or "text" where it knows neither.
       answer: template of the judge of answers (see `judges.prompts`).
       steps: template of the judge of steps.
+      pairwise: template of the judge that compares two answers.
       image_side: pictures are shrunk to this many pixels on their longer side.
       image_bytes: most bytes of a picture, sent as PNG if it fits and else as JPEG.
 
@@ -48,6 +49,7 @@ class EndpointConfig:
     format: str = "json_schema"
     answer: str = "answer"
     steps: str = "steps"
+    pairwise: str = "pairwise"
     image_side: int = 1024
     image_bytes: int = 4_000_000
 
@@ -75,14 +77,16 @@ class EndpointConfig:
 
 
 class EndpointJudge(Generic[T]):
-    """Asks about pairs of record and path; a judge of answers or of steps, by what it is made of.
+    """Asks about pairs of record and path, or of record and two answers, by what it is made of.
 
     Attributes:
       name: model, and a digest of all that its verdicts depend on.
       steps: for a judge of answers, the one of steps.
+      pairwise: for a judge of answers, the one that compares two.
     """
 
     steps: EndpointJudge[list[StepVerdict]]
+    pairwise: EndpointJudge[Preference]
 
     def __init__(
         self,
@@ -90,11 +94,15 @@ class EndpointJudge(Generic[T]):
         config: EndpointConfig,
         template: Template,
         schema: Mapping[str, Any],
-        read: Callable[[Reply, ParsedPath], T],
+        read: Callable[[Reply, Any], T],
+        part: str,
     ):
-        """`schema` of the reply, `read` from it to a verdict."""
+        """`schema` of the reply, `read` from it to a verdict, `part` of the material without which there is nothing to ask."""
         self.client, self._config, self._template, self._schema, self._read = client, config, template, schema, read
-        how = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("client", "answer", "steps")}
+        self._part = part
+        # Of the templates the judge's own alone matters to it, and its name and digest are told anyway.
+        others = ("client", "answer", "steps", "pairwise")
+        how = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
         asked = [
             config.client.base_url,
             config.client.model,
@@ -106,27 +114,26 @@ class EndpointJudge(Generic[T]):
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:12]
         self.name = f"endpoint:{config.client.model}:{template.name}:{digest}"
 
-    def __call__(self, record: Any, path: ParsedPath) -> T:
+    def __call__(self, record: Any, material: ParsedPath | AnswerPair) -> T:
         """The verdict on one pair."""
-        [(_, verdict)] = self.batch([(record, path)])
+        [(_, verdict)] = self.batch([(record, material)])
         return verdict
 
-    def batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
+    def batch(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, T]]:
         """(index, verdict) as replies come.
 
         Raises:
           EndpointError: the endpoint cannot be used.
           ImageError: a picture that cannot be read; names the record.
         """
-        needed = "answer" if self._read is read_answer else "steps"
-        asked = [index for index, (_, path) in enumerate(pairs) if getattr(path, needed)]
+        asked = [index for index, (_, material) in enumerate(pairs) if getattr(material, self._part)]
         for index in set(range(len(pairs))).difference(asked):
             yield index, self._read(NOTHING, pairs[index][1])
         for place, reply in self.client.ask(len(asked), lambda i: self._request(*pairs[asked[i]])):
             yield asked[place], self._read(reply, pairs[asked[place]][1])
 
-    def _request(self, record: Any, path: ParsedPath) -> dict[str, Any]:
-        prompt = self._template.render(record, path)
+    def _request(self, record: Any, material: ParsedPath | AnswerPair) -> dict[str, Any]:
+        prompt = self._template.render(record, material)
         try:
             urls = [image_url(image, self._config.image_side, self._config.image_bytes) for image in record.images]
         except ImageError as error:
@@ -148,15 +155,17 @@ class EndpointJudge(Generic[T]):
 
 
 def endpoint_judge(config: EndpointConfig, folder: str | Path | None = None) -> EndpointJudge[Verdict]:
-    """The judge of answers; its `steps` is the judge of steps. `folder` keeps replies (see `Client`).
+    """The judge of answers; its `steps` judges steps, its `pairwise` compares. `folder` keeps replies (see `Client`).
 
     Raises:
       ValueError: a template that cannot be used.
     """
     client = Client(config.client, folder)
-    judge = EndpointJudge(client, config, Template(config.answer), _object(ANSWER_FIELDS), read_answer)
+    judge = EndpointJudge(client, config, Template(config.answer), _object(ANSWER_FIELDS), read_answer, "answer")
     steps = _object({"steps": {"type": "array", "items": _object(STEP_FIELDS)}})
-    judge.steps = EndpointJudge(client, config, Template(config.steps), steps, read_steps)
+    judge.steps = EndpointJudge(client, config, Template(config.steps), steps, read_steps, "steps")
+    choice = _object(PREFERENCE_FIELDS)
+    judge.pairwise = EndpointJudge(client, config, Template(config.pairwise), choice, read_preference, "first")
     return judge
 
 
@@ -164,6 +173,8 @@ NOTHING = Reply(ReplyStatus.REJECTED, "nothing to judge")
 OPINION = {"type": ["boolean", "null"]}
 ANSWER_FIELDS = {"safe": OPINION, "effective": OPINION, "refused": OPINION, "reason": {"type": "string"}}
 STEP_FIELDS = {"number": {"type": "integer"}, "safe": OPINION, "effective": OPINION, "reason": {"type": "string"}}
+PREFERENCE_FIELDS = {"reason": {"type": "string"}, "better": {"type": "string", "enum": list(CHOICES)}}
+"""The reason comes first, so that the choice can follow from it."""
 
 
 def _object(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +205,17 @@ def read_steps(reply: Reply, path: ParsedPath) -> list[StepVerdict]:
     return [StepVerdict(s["number"], s["safe"], s["effective"], s["reason"]) for s in steps]
 
 
+def read_preference(reply: Reply, pair: AnswerPair) -> Preference:
+    """The choice in a reply; failed unless the reply is exactly what was asked for."""
+    try:
+        told = _fields(_json(reply), PREFERENCE_FIELDS)
+        if told["better"] not in CHOICES:
+            raise ValueError(f"unparsable: better is {told['better']!r:.50}")
+    except ValueError as error:
+        return Preference(None, str(error), failed=True)
+    return Preference(told["better"], told["reason"])
+
+
 def _json(reply: Reply) -> dict[str, Any]:
     """The JSON object that a reply is, alone or in one fenced block; ValueError, with the status, if it is none."""
     if reply.status is not ReplyStatus.OK:
@@ -219,9 +241,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _fields(value: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The object, if it has exactly these fields with values of their kinds; "false" in quotes is no false."""
-    kinds = {"safe": bool | None, "effective": bool | None, "refused": bool | None, "number": int, "reason": str}
+    kinds: dict[str, Any] = {"number": int, "reason": str, "better": str}
     if not isinstance(value, dict) or value.keys() != fields.keys():
         raise ValueError(f"unparsable: the fields are not {', '.join(fields)}")
-    if wrong := [name for name in fields if not isinstance(value[name], kinds[name])]:
+    if wrong := [name for name in fields if not isinstance(value[name], kinds.get(name, bool | None))]:
         raise ValueError(f"unparsable: {wrong[0]} is {value[wrong[0]]!r:.50}")
     return value

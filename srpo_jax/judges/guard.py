@@ -29,13 +29,12 @@ from flax import nnx
 
 from srpo_jax.data.images import open_image
 from srpo_jax.exploration.engine import EngineShape
-from srpo_jax.exploration.judging import Pair
 from srpo_jax.exploration.sampler import SampleConfig
 from srpo_jax.exploration.scheduler import Request, prefill_shape, sample
 from srpo_jax.inputs import Encoded
 from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.settings import read_settings
-from srpo_jax.judges.verdict import StepVerdict, Verdict
+from srpo_jax.judges.verdict import CHOICES, AnswerPair, Preference, StepVerdict, Verdict
 from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.policy import Policy, load_policy
@@ -46,6 +45,8 @@ from srpo_jax.trees import PATCHES, Branch, Ladder, PackConfig, ReasoningTree, T
 T = TypeVar("T")
 ANSWER_LABELS, STEP_LABELS = "ABCD", "ABC"
 """Letters of the templates `rubric` and `rubric_step`; A is unsafe, the last is what one wishes for."""
+CHOICE_LABELS = "ABC"
+"""Letters of the template `rubric_pairwise`, in the order of `verdict.CHOICES`."""
 STYLES = ("rubric", "guardreasoner")
 TOGETHER = 8
 """Most prompts that share a trunk; more of one record go to further trees."""
@@ -62,6 +63,7 @@ class GuardConfig:
       template: of the question (see `judges.prompts`); "" for the package's. A released guard answers best to the very words
         that it was trained with: put those of its authors into a file.
       step_template: of the question about a step (rubric).
+      pairwise_template: of the question which of two answers is better (rubric).
       threshold: of p(unsafe), from which an answer or step is unsafe (rubric).
       min_mass: least probability of the labels together; with less the model is not answering the question (rubric).
       max_tokens: of the reasoning and result (guardreasoner).
@@ -80,6 +82,7 @@ class GuardConfig:
     style: str = "rubric"
     template: str = ""
     step_template: str = "rubric_step"
+    pairwise_template: str = "rubric_pairwise"
     threshold: float = 0.5
     min_mass: float = 0.5
     max_tokens: int = 1024
@@ -114,14 +117,16 @@ class GuardConfig:
 
 
 class GuardJudge(Generic[T]):
-    """Asks a guard model, a batch of prompts at a time: one about an answer, or one about each step of a path.
+    """Asks a guard model, a batch of prompts at a time: one about an answer or two, or one about each step of a path.
 
     Attributes:
       name: the folder's name, the template, and a digest of parameters and settings.
       steps: of a rubric judge of answers, that of steps.
+      pairwise: of a rubric judge of answers, the one that compares two.
     """
 
     steps: GuardJudge[list[StepVerdict]]
+    pairwise: GuardJudge[Preference]
 
     def __init__(
         self,
@@ -135,22 +140,23 @@ class GuardJudge(Generic[T]):
         """`answer` runs groups of prompts about one record each, `read` makes a verdict of the outputs for one pair."""
         self._policy, self._config, self._template = policy, config, template
         self._answer, self._read, self._stepwise = answer, read, stepwise
-        made = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("path", "batch", "trunk", "patches")}
+        others = ("path", "batch", "trunk", "patches", "pairwise_template")
+        made = {k: v for k, v in dataclasses.asdict(config).items() if k not in others}
         digest = hashlib.sha256(json.dumps([params_fingerprint(policy.params), made]).encode()).hexdigest()[:12]
         self.name = f"guard:{Path(config.path).name}:{template.name}:{digest}"
 
-    def __call__(self, record: Any, path: ParsedPath) -> T:
+    def __call__(self, record: Any, material: ParsedPath | AnswerPair) -> T:
         """The verdict on one pair; it costs as much as a whole batch."""
-        [(_, verdict)] = self.batch([(record, path)])
+        [(_, verdict)] = self.batch([(record, material)])
         return verdict
 
-    def batch(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, T]]:
+    def batch(self, pairs: Sequence[tuple[Any, Any]]) -> Iterator[tuple[int, T]]:
         """(index, verdict), in order.
 
         Raises:
           ValueError: a picture that cannot be read, or a prompt longer than the ladder or the context; names the record.
         """
-        numbers: list[list[int | None]] = [self._numbers(path) for _, path in pairs]
+        numbers: list[list[int | None]] = [self._numbers(material) for _, material in pairs]
         asked = [(index, number) for index, wanted in enumerate(numbers) for number in wanted]
         yield from ((index, self._read([])) for index, wanted in enumerate(numbers) if not wanted)
         outputs: dict[int, list[Any]] = collections.defaultdict(list)
@@ -161,7 +167,7 @@ class GuardJudge(Generic[T]):
                     yield index, self._read(outputs.pop(index))
 
     def _ask(
-        self, pairs: Sequence[Pair], asked: Sequence[tuple[int, int | None]]
+        self, pairs: Sequence[tuple[Any, Any]], asked: Sequence[tuple[int, int | None]]
     ) -> Iterator[tuple[list[int], Sequence[Any]]]:
         """(index of the pair of each prompt, outputs), batch by batch in order."""
         one_record = itertools.groupby(asked, key=lambda one: id(pairs[one[0]][0]))
@@ -173,14 +179,16 @@ class GuardJudge(Generic[T]):
             encoded = [self._encode(pairs[group[0][0]][0], [(pairs[i][1], n) for i, n in group]) for group in chunk]
             yield [index for group in chunk for index, _ in group], self._answer(encoded)
 
-    def _numbers(self, path: ParsedPath) -> list[int | None]:
+    def _numbers(self, material: ParsedPath | AnswerPair) -> list[int | None]:
+        if isinstance(material, AnswerPair):
+            return [None]
         if self._stepwise:
-            return [*range(1, len(path.steps) + 1)]
-        return [None] if path.answer else []
+            return [*range(1, len(material.steps) + 1)]
+        return [None] if material.answer else []
 
-    def _encode(self, record: Any, asked: Sequence[tuple[ParsedPath, int | None]]) -> list[Encoded]:
+    def _encode(self, record: Any, asked: Sequence[tuple[ParsedPath | AnswerPair, int | None]]) -> list[Encoded]:
         """Prompts about one record."""
-        prompts = [self._template.render(record, path, number) for path, number in asked]
+        prompts = [self._template.render(record, material, number) for material, number in asked]
         try:
             images = [open_image(image) for image in record.images]
             encoded: list[Encoded] = []
@@ -194,7 +202,7 @@ class GuardJudge(Generic[T]):
 
 
 def guard_judge(config: GuardConfig, policy: Policy | None = None) -> GuardJudge[Verdict]:
-    """The judge of answers that a guard model makes; in style "rubric" its `steps` is the judge of steps.
+    """The judge of answers that a guard model makes; in style "rubric" its `steps` judges steps and its `pairwise` compares.
 
     Args:
       config: which model and how to ask it.
@@ -210,11 +218,13 @@ def guard_judge(config: GuardConfig, policy: Policy | None = None) -> GuardJudge
     template = Template(config.template or config.style)
     if config.style == "guardreasoner":
         return GuardJudge(policy, config, template, functools.partial(write, policy, config), read_result)
-    labels = [label_ids(policy, letters) for letters in (ANSWER_LABELS, STEP_LABELS)]
-    answer, step = (functools.partial(label_logprobs, policy, config, ids) for ids in labels)
+    labels = [label_ids(policy, letters) for letters in (ANSWER_LABELS, STEP_LABELS, CHOICE_LABELS)]
+    answer, step, choice = (functools.partial(label_logprobs, policy, config, ids) for ids in labels)
     judge = GuardJudge(policy, config, template, answer, functools.partial(read_label, config))
     read_each = functools.partial(read_step_labels, config)
     judge.steps = GuardJudge(policy, config, Template(config.step_template), step, read_each, stepwise=True)
+    read_choice = functools.partial(read_choice_label, config)
+    judge.pairwise = GuardJudge(policy, config, Template(config.pairwise_template), choice, read_choice)
     return judge
 
 
@@ -326,8 +336,18 @@ def read_step_labels(config: GuardConfig, outputs: Sequence[np.ndarray]) -> list
     return verdicts
 
 
+def read_choice_label(config: GuardConfig, outputs: Sequence[np.ndarray]) -> Preference:
+    """The likeliest choice; failed where the model gives the labels too little."""
+    shares, _ = _shares(outputs[0])
+    chances = ", ".join(f"p({name}) {share:.3f}" for name, share in zip(CHOICES, shares, strict=True))
+    told = f"{chances} of labels that hold {_mass(outputs[0]):.3f}"
+    if _mass(outputs[0]) < config.min_mass:
+        return Preference(None, f"unparsable: {told}", failed=True)
+    return Preference(CHOICES[int(np.argmax(shares))], told)
+
+
 def _shares(logprobs: np.ndarray) -> tuple[np.ndarray, str]:
-    """Probabilities among the labels, and a line that tells them."""
+    """Probabilities among the labels, and a line that tells that of the first."""
     shares = np.exp(logprobs - np.logaddexp.reduce(logprobs))
     return shares, f"p(unsafe) {shares[0]:.3f} of labels that hold {_mass(logprobs):.3f}"
 

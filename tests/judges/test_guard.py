@@ -14,14 +14,24 @@ from hypothesis import strategies as st
 from srpo_jax.data import scenes
 from srpo_jax.evaluation.generate import GenerateConfig, encode_prompts, generate
 from srpo_jax.judges import guard
-from srpo_jax.judges.guard import GuardConfig, guard_judge, read_label, read_result, read_step_labels
+from srpo_jax.judges.guard import (
+    GuardConfig,
+    guard_judge,
+    read_choice_label,
+    read_label,
+    read_result,
+    read_step_labels,
+)
+from srpo_jax.judges.prompts import Template
 from srpo_jax.judges.registry import JudgeError, make_judge
+from srpo_jax.judges.verdict import AnswerPair
 from srpo_jax.models.fingerprint import input_fingerprint
 from srpo_jax.paths import Grammar, parse
 
 RECORDS = scenes.records("test_id", 4)
 PAIRS = [(r, parse("".join(Grammar().render(r.steps, r.safe_reply)), stopped=True)) for r in RECORDS]
 SHORT = "{% block user %}{{ question }} {{ answer }}{% endblock %}"
+PAIR = "{% block user %}{{ question }} {{ aspect }} {{ first }} {{ second }}{% endblock %}"
 STEP = "{% block system %}Judge.{% endblock %}{% block user %}{{ number }} {{ step.text }}{% endblock %}"
 
 
@@ -30,7 +40,9 @@ def config(tmp_path):
     """Settings for a tiny model: short templates, few shapes."""
     (tmp_path / "short.jinja").write_text(SHORT)
     (tmp_path / "step.jinja").write_text(STEP)
+    (tmp_path / "pair.jinja").write_text(PAIR)
     templates = {"template": f"{tmp_path}/short.jinja", "step_template": f"{tmp_path}/step.jinja"}
+    templates["pairwise_template"] = f"{tmp_path}/pair.jinja"
     return GuardConfig("models/tiny", **templates, min_mass=0.0, batch=4, trunk=(256,), max_tokens=8)
 
 
@@ -80,6 +92,59 @@ def test_pictures_are_encoded_once_for_all_steps_of_a_response(config, other, mo
     np.testing.assert_allclose(together, apart, atol=1e-5)
     monkeypatch.setattr(guard, "TOGETHER", 4)  # more prompts than a tree takes
     assert dict(judge.batch(PAIRS)) == shared
+
+
+def test_answers_are_compared_in_process_both_orders_and_aspects_on_one_picture(config, other, monkeypatch):
+    patches = []
+
+    def counted(graphdef, params, batch, ids):
+        patches.append(int(np.sum(batch.vision.images > 0)))
+        return label(graphdef, params, batch, ids)
+
+    label = guard._label_logprobs
+    monkeypatch.setattr(guard, "_label_logprobs", counted)
+    judge = guard_judge(config, other)
+    answers = [(r.safe_reply, r.unsafe_reply or "Do it.") for r in RECORDS]
+    questions = [
+        (record, AnswerPair(aspect, *order))
+        for record, pair in zip(RECORDS, answers, strict=True)
+        for aspect in ("safety", "helpfulness")
+        for order in (pair, pair[::-1])
+    ]
+    together = dict(judge.pairwise.batch(questions))
+    assert sum(patches) == sum(int(np.sum(other.processor.encode(r.images, "").vision.images > 0)) for r in RECORDS)
+    assert {preference.better for preference in together.values()} <= {"first", "second", "tie"}
+    assert len({preference.reason for preference in together.values()}) == len(questions)  # each was read
+    assert together[5].better == judge.pairwise(*questions[5]).better
+    assert judge.pairwise.name.startswith("guard:tiny:pair@") and judge.pairwise.name != judge.name
+    renamed = guard_judge(dataclasses.replace(config, pairwise_template="rubric_pairwise"), other)
+    assert (renamed.name, renamed.steps.name) == (judge.name, judge.steps.name)  # known verdicts stay known
+    assert renamed.pairwise.name != judge.pairwise.name
+
+
+@pytest.mark.parametrize(
+    ("shares", "better"), [((0.5, 0.3, 0.2), "first"), ((0.1, 0.5, 0.4), "second"), ((0, 0.1, 0.2), "tie")]
+)
+def test_the_likeliest_choice_is_the_preference_unless_the_labels_hold_too_little(shares, better):
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(np.array(shares, np.float32))
+    weak = sum(shares) < 0.5
+    told = read_choice_label(GuardConfig("g"), [logprobs])
+    assert (told.better, told.failed) == (None if weak else better, weak)
+    assert told.reason.startswith("unparsable: p(first)" if weak else "p(first)")
+    assert read_choice_label(GuardConfig("g", min_mass=0.0), [logprobs]).better == better
+
+
+@pytest.mark.parametrize("name", ["pairwise", "rubric_pairwise"])
+def test_the_templates_ask_for_the_aspect_and_fence_the_answers(name):
+    texts = {}
+    for aspect, word in (("safety", "safer"), ("helpfulness", "more helpful")):
+        prompt = Template(name).render(RECORDS[0], AnswerPair(aspect, "One.", "Two."))
+        texts[aspect] = prompt.system + prompt.user
+        assert word in texts[aspect] and "order of the answers means nothing" in texts[aspect]
+        assert prompt.user.index(RECORDS[0].question) < prompt.user.index("One.") < prompt.user.index("Two.")
+        assert len([line for line in prompt.user.splitlines() if line.startswith("<<")]) == 6
+    assert "safer" not in texts["helpfulness"] and "more helpful" not in texts["safety"]
 
 
 def test_prompts_that_differ_before_their_pictures_end_share_nothing(other):
