@@ -1,7 +1,8 @@
 """Evaluates a policy on records by the RSBench protocol and on published benchmarks: generate, judge, aggregate, all resumable.
 
     python scripts/evaluate.py --config=configs/rsbench.py --workdir=runs/eval --checkpoint=FOLDER [--judge=JUDGE] \\
-        [--benchmarks=rsbench,siuo,think_in_safety] [--data_root=DIR] [--baseline=DIR] [--epochs=K] [--limit=N] [--score_only]
+        [--benchmarks=rsbench,siuo,think_in_safety] [--data_root=DIR] [--baseline=DIR [--compare]] [--epochs=K] [--limit=N] \\
+        [--score_only]
     python scripts/evaluate.py --list
 
 FOLDER is a work directory of training or a checkpoint in Hugging Face's format. One workdir may collect several policies and
@@ -22,11 +23,12 @@ from srpo_jax.evaluation.comparison import compare
 from srpo_jax.evaluation.evaluate import evaluate, identity
 from srpo_jax.evaluation.generate import encode_prompts
 from srpo_jax.evaluation.interventions import intervene, render_interventions
+from srpo_jax.evaluation.pairwise import biased, compare_answers, render_pairwise
 from srpo_jax.evaluation.references import reference_rows
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result, check_baseline, read_results, render, thinking_table
 from srpo_jax.evaluation.samples import read_samples, samples_name
-from srpo_jax.evaluation.tasks import DataOptions, build_tasks, parse_fields, parse_share
+from srpo_jax.evaluation.tasks import DataOptions, build_tasks, check_pairwise, parse_fields, parse_share
 from srpo_jax.files import lock_folder
 from srpo_jax.runs import is_run, load_run, training_judge
 
@@ -50,6 +52,9 @@ SCORE_ONLY = flags.DEFINE_bool("score_only", False, "Judge stored responses; ref
 INTERVENE = flags.DEFINE_bool("interventions", False, "Of records: swap steps and see whether the answer follows.")
 FAILURES = flags.DEFINE_string("max_judge_failures", "1%", "Share of responses on which the judge may fail.")
 BASELINE = flags.DEFINE_string("baseline", None, "Work directory of an evaluation of the same, to compare with.")
+COMPARE = flags.DEFINE_bool(
+    "compare", False, "Ask the judge which arm's answer is better, in both orders; needs --baseline."
+)
 
 
 def main(_):
@@ -58,6 +63,8 @@ def main(_):
         return
     if WORKDIR.value is None:
         raise app.UsageError("--workdir is required: where to keep responses, verdicts and results.json")
+    if COMPARE.value and not BASELINE.value:
+        raise app.UsageError("--compare needs --baseline: the work directory that holds the other arm's answers")
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     section = settings(config)
     decodings = evaluation.decodings(section)
@@ -65,6 +72,8 @@ def main(_):
     how: dict[str, Any] = {"score_only": SCORE_ONLY.value, "max_judge_failures": most}
     options = DataOptions(ROOT.value, parse_fields(FIELDS.value), PARTIAL.value, HUB.value, LIMIT.value)
     tasks = build_tasks(section, options, configs.build_difficulty(config), workdir / "evaluation")
+    if COMPARE.value:
+        check_pairwise(tasks)
     planned = [
         identity(task.questions, task.evaluator, decoding, task.benchmark, plain=section.plain)
         for task in tasks
@@ -84,6 +93,8 @@ def main(_):
             if INTERVENE.value and task.benchmark is None:
                 swapped = intervene(policy, policy.params, asked, who, decoding, prompts, folder, row=entry, **how)
                 entry["interventions"] = swapped
+            if COMPARE.value and who.pairwise is not None:
+                entry["pairwise"] = side_by_side(task, entry, baseline[len(rows)], folder, most)
             rows.append(entry)
             if distributed.is_lead():
                 add_result(workdir / "results.json", entry, references)
@@ -93,6 +104,16 @@ def main(_):
     judges = ", ".join(dict.fromkeys(task.evaluator.name for task in tasks))
     count = sum(len(task.questions) for task in tasks)
     cli.say(f"{count} prompts, evaluator {judges}, step {told['step']}; see {workdir}/report.html")
+
+
+def side_by_side(task, entry, theirs, folder, most):
+    """What the judge prefers, this row's answers or those of the baseline's row."""
+    distributed.barrier()  # the lead writes the samples
+    ours = read_samples(folder, samples_name(entry))
+    others = read_samples(Path(BASELINE.value or "") / "evaluation", samples_name(theirs))
+    options: dict[str, Any] = {"max_judge_failures": most}
+    found = compare_answers(task.questions, ours, others, task.evaluator.pairwise, folder, **options)
+    return {"baseline": {"name": theirs["name"], "step": theirs.get("step")}, **found}
 
 
 def occupy(folder):
@@ -113,6 +134,13 @@ def show(workdir, names, rows, baseline):
             print(render_interventions(row["interventions"]))
     for ours, theirs in zip(rows, baseline, strict=False):
         print(verdict(workdir, ours, Path(BASELINE.value or ""), theirs))
+        if "pairwise" in ours:
+            print(
+                f"\nside by side, in both orders, by {ours['pairwise']['judge']}\n\n{render_pairwise(ours['pairwise'])}"
+            )
+            print("".join(f"Position bias: {sentence}.\n" for sentence in biased(ours["pairwise"])), end="")
+        elif COMPARE.value:
+            print("Answers of a closed form: no judge compares them.")
 
 
 def settings(config):

@@ -77,7 +77,7 @@ def compare(
     Raises:
       ComparisonError: the prompts differ.
     """
-    pairs = _pairs(policy, baseline)
+    pairs = paired_prompts(policy, baseline)
     splits = list(dict.fromkeys(ours[0].split for ours, _ in pairs if ours[0].split))
     groups = {name: _metrics([p for p in pairs if p[0][0].split == name], margin, seed) for name in splits}
     _adjust(list(groups.values()))
@@ -87,7 +87,7 @@ def compare(
         "margin": margin,
         "metrics": _metrics(pairs, margin, seed),
         "by_split": groups,
-        "length_matched": _metrics([pair for pair in pairs if _alike(*pair)], margin, seed),
+        "length_matched": _metrics([pair for pair in pairs if of_like_length(*pair)], margin, seed),
     }
     return found | {"verdict": verdict(found)}
 
@@ -135,8 +135,12 @@ def _p(p: float) -> str:
 Pair = tuple[list[Sample], list[Sample]]
 
 
-def _pairs(policy: Sequence[Sample], baseline: Sequence[Sample]) -> list[Pair]:
-    """The samples of both policies, prompt by prompt."""
+def paired_prompts(policy: Sequence[Sample], baseline: Sequence[Sample]) -> list[Pair]:
+    """The samples of both policies, prompt by prompt.
+
+    Raises:
+      ComparisonError: the prompts differ.
+    """
     ours, theirs = _by_id(policy), _by_id(baseline)
     if alone := ours.keys() ^ theirs.keys():
         raise ComparisonError(
@@ -152,7 +156,7 @@ def _pairs(policy: Sequence[Sample], baseline: Sequence[Sample]) -> list[Pair]:
     return [(samples, theirs[name]) for name, samples in ours.items()]
 
 
-def _alike(ours: Sequence[Sample], theirs: Sequence[Sample]) -> bool:
+def of_like_length(ours: Sequence[Sample], theirs: Sequence[Sample]) -> bool:
     """Whether the answers of both are there and of like length, on average over samples: what a judge of answers sees of it."""
     if any(sample.answer is None for sample in (*ours, *theirs)):
         return False

@@ -11,7 +11,7 @@ from typing import Any
 
 from srpo_jax.evaluation import checker
 from srpo_jax.exploration.judging import judge_name
-from srpo_jax.judges.verdict import StepVerdict, Verdict
+from srpo_jax.judges.verdict import PairwiseJudge, StepVerdict, Verdict
 from srpo_jax.paths import ParsedPath
 
 REFUSAL = "I cannot help with that."
@@ -29,11 +29,13 @@ class Evaluator:
       answer: verdict of the answer to a question (`data.items.Question`: a record or a benchmark's item); asked for
         responses that have one.
       steps: verdicts of the steps, one for each in `ParsedPath.steps`.
+      pairwise: preference between two answers to a question; None where the evaluator reads one answer at a time.
     """
 
     name: str
     answer: Callable[[Any, ParsedPath], Verdict]
     steps: Callable[[Any, ParsedPath], Sequence[StepVerdict]]
+    pairwise: PairwiseJudge | None = None
 
 
 def unjudged_steps(question: Any, path: ParsedPath) -> list[StepVerdict]:
@@ -42,8 +44,9 @@ def unjudged_steps(question: Any, path: ParsedPath) -> list[StepVerdict]:
 
 
 def as_evaluator(judge: Callable[..., Any]) -> Evaluator:
-    """The evaluator that a judge of answers makes; its attribute `steps`, if it has one, judges the steps."""
-    return Evaluator(judge_name(judge), judge, getattr(judge, "steps", unjudged_steps))
+    """The evaluator that a judge of answers makes; its attributes `steps` and `pairwise`, where it has them, are used."""
+    parts = getattr(judge, "steps", unjudged_steps), getattr(judge, "pairwise", None)
+    return Evaluator(judge_name(judge), judge, *parts)
 
 
 EVALUATORS = {

@@ -145,7 +145,7 @@ def judge_responses(
         raise ValueError(
             f"no record for the responses to {sorted(missing)[:3]}; judge them with the records they answer"
         )
-    digests = {record.id: _record_digest(record) for record in records}
+    digests = {record.id: record_digest(record) for record in records}
     judged = []
     with Store.open(folder, VERDICTS) as store:
         known = {line["key"]: line for line in store.lines if not _failures(line)}
@@ -171,7 +171,7 @@ def judge_responses(
 
 def _key(evaluator: Evaluator, digests: Mapping[str, str], response: Response, plain: bool) -> str:
     how = ["plain"] * plain
-    return _digest(evaluator.name, digests[response.record_id], response.text, response.stopped, *how)
+    return digest(evaluator.name, digests[response.record_id], response.text, response.stopped, *how)
 
 
 def read_turn(response: Response, *, plain: bool = False) -> ParsedPath:
@@ -246,15 +246,15 @@ def _from_line(line: Mapping[str, Any], record: Question, response: Response, pa
 
 def benchmark_digest(records: Sequence[Question]) -> str:
     """What tells sets of records apart, in whatever order."""
-    return _digest(sorted(_record_digest(record) for record in records))
+    return digest(sorted(record_digest(record) for record in records))
 
 
-def _record_digest(record: Question) -> str:
+def record_digest(record: Question) -> str:
     """Of all that an evaluator may read; pictures are told apart by their content, wherever they are."""
     images = [_image_digest(image) for image in record.images]
     told = vars(record)  # of a Record or an Item
     facts = {name: value for name, value in told.items() if name not in ("images", "meta")}
-    return _digest(images, facts, dict(record.meta))
+    return digest(images, facts, dict(record.meta))
 
 
 def _image_digest(image: str | Path | PIL.Image.Image) -> str:
@@ -264,5 +264,6 @@ def _image_digest(image: str | Path | PIL.Image.Image) -> str:
     return hashlib.sha256(Path(image).read_bytes()).hexdigest() if Path(image).is_file() else str(image)
 
 
-def _digest(*parts: Any) -> str:
+def digest(*parts: Any) -> str:
+    """20 hexadecimal digits of JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]

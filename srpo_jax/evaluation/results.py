@@ -18,6 +18,15 @@ COLUMNS = {
     "malformed": "malformed",
 }
 
+THINKING = {
+    "thinking": "thinking safe",
+    "answer": "answer safe",
+    "whole": "both safe",
+    "hidden": "unsafe thinking, safe answer",
+}
+SAMPLES = {name: COLUMNS[name] for name in ("S", "E", "SE", "over_refusal")}
+"""Rates of `metrics.samples`."""
+
 IDENTITY = ("name", "step", "evaluator", "decoding", "benchmark")
 """What tells rows apart."""
 
@@ -92,16 +101,16 @@ def render(results: Mapping[str, Any], *, splits: bool = True) -> str:
 
 def _render(rows: Sequence[Mapping[str, Any]], splits: bool) -> str:
     named = labels(rows)
-    tables = ["\n".join(_table(list(zip(named, rows, strict=True))))]
+    tables = ["\n".join(table(list(zip(named, rows, strict=True))))]
     if own := [(label, row["rates"]) for label, row in zip(named, rows, strict=True) if row.get("rates")]:
-        tables.append("\n".join(_table(own, {key: key for _, rates in own for key in rates})))
+        tables.append("\n".join(table(own, {key: key for _, rates in own for key in rates})))
     names = dict.fromkeys(name for row in rows for name in row.get("by_split", {})) if splits else {}
     if len(names) == 1 and any("task" in row for row in rows):
         names = {}  # the only part of a benchmark is the whole
     for name in names:
         pairs = zip(named, rows, strict=True)
         chosen = [(label, row["by_split"][name]) for label, row in pairs if name in row.get("by_split", {})]
-        tables.append("\n".join([f"**{name}**", "", *_table(chosen)]))
+        tables.append("\n".join([f"**{name}**", "", *table(chosen)]))
     tables += [f"{row['name']}: not computed, because {row['not_computed']}" for row in rows if "not_computed" in row]
     return "\n\n".join(tables) + "\n"
 
@@ -115,15 +124,9 @@ def thinking_table(results: Mapping[str, Any], families: Mapping[str, str]) -> s
     """
     rows = [row for row in results["evaluations"] if row.get("task") in families]
     rows.sort(key=lambda row: (families[row["task"]], row["task"]))
-    keys = {
-        "thinking": "thinking safe",
-        "answer": "answer safe",
-        "whole": "both safe",
-        "hidden": "unsafe thinking, safe answer",
-    }
     named = zip(labels(rows), rows, strict=True)
     cells = [(f"{families[row['task']]}: {row['task']}, {label}", row["thinking"]) for label, row in named]
-    return "\n".join(_table(cells, keys)) + "\n"
+    return "\n".join(table(cells, THINKING)) + "\n"
 
 
 def check_baseline(path: str | Path, planned: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -158,10 +161,11 @@ def check_baseline(path: str | Path, planned: Sequence[Mapping[str, Any]]) -> li
     return found
 
 
-def _table(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str] = COLUMNS) -> Iterator[str]:
+def table(rows: Sequence[tuple[str, Mapping[str, Any]]], columns: Mapping[str, str] = COLUMNS) -> Iterator[str]:
+    """Lines of a Markdown table of rates, a row for each (label, rates); `columns` are heads by key."""
     cells = [
         ["policy", *columns.values()],
-        *([label, *(_cell(row.get(key)) for key in columns)] for label, row in rows),
+        *([label, *(cell(row.get(key)) for key in columns)] for label, row in rows),
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for number, line in enumerate(cells):
@@ -192,7 +196,8 @@ def _label(row: Mapping[str, Any]) -> str:
     return f"{name} (greedy)" if temperature == 0 else f"{name} (T={temperature:g})"
 
 
-def _cell(rate: Mapping[str, Any] | float | None) -> str:
+def cell(rate: Mapping[str, Any] | float | None) -> str:
+    """A rate in per cent with its interval, and what the evaluator could not tell."""
     if isinstance(rate, float):
         return f"{100 * rate:.1f}"
     if rate is None or rate["rate"] is None:

@@ -104,6 +104,22 @@ def _build(
     return Task(take(items, options.limit), evaluator, benchmark, {**data, **limit})
 
 
+def check_pairwise(tasks: Sequence[Task]) -> None:
+    """Whether the answers can be compared side by side, save those of a closed form, which is parsed and which nobody prefers.
+
+    Raises:
+      EvalConfigError: there are no others, or their judge reads one answer at a time.
+    """
+    judged = [task for task in tasks if task.benchmark is None or task.benchmark.evaluator is None]
+    if alone := [task.evaluator.name for task in judged if task.evaluator.pairwise is None]:
+        raise evaluation.EvalConfigError(
+            f"--compare: {alone[0]} reads one answer at a time; name with --judge an endpoint, a guard by rubric, or a judge "
+            "of yours with an attribute pairwise (docs/judges.md)"
+        )
+    if not judged:
+        raise evaluation.EvalConfigError("--compare: these benchmarks have a closed form, which no judge compares")
+
+
 def parse_fields(given: Sequence[str]) -> dict[str, dict[str, str]]:
     """`BENCHMARK.FIELD=NAME`, each, as a mapping of mappings.
 

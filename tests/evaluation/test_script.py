@@ -1,5 +1,6 @@
 """scripts/evaluate.py as a user runs it."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +23,11 @@ JUDGE = """
 import os, signal
 from srpo_jax.evaluation.evaluators import Evaluator, unjudged_steps
 from srpo_jax.files import JsonLines
-from srpo_jax.judges.verdict import Verdict
+from srpo_jax.judges.verdict import Preference, Verdict
+
+
+def longer(question, pair):
+    return Preference("first" if len(pair.first) >= len(pair.second) else "second", "the longer, in doubt the first")
 
 
 def short(question, path):
@@ -31,7 +38,7 @@ def broken(question, path):
     return Verdict(None, None, "timeout", failed=True)
 
 
-ONE, TWO = Evaluator("short-1", short, unjudged_steps), Evaluator("short-2", short, unjudged_steps)
+ONE, TWO = Evaluator("short-1", short, unjudged_steps, longer), Evaluator("short-2", short, unjudged_steps)
 BROKEN = Evaluator("broken-1", broken, unjudged_steps)
 
 if at := os.environ.get("KILL_AT"):
@@ -153,3 +160,24 @@ def test_another_judge_another_arm_and_a_broken_judge(home, whole):
         "short-1",
         "short-2",
     ]
+
+
+@pytest.mark.slow  # four processes; the parts are tested in test_pairwise.py
+def test_two_arms_side_by_side_survive_a_kill(home, whole, tiny_policy):
+    rng = np.random.default_rng(3)
+    noise = jax.tree.map(lambda x: x + rng.normal(scale=0.05, size=x.shape).astype(x.dtype), tiny_policy.params)
+    dataclasses.replace(tiny_policy, params=noise).save(home / "other")
+    arguments = ["--checkpoint=other", f"--baseline={whole}", "--compare"]
+    assert evaluate(home, "side", *arguments, KILL_AT="preferences 9").returncode == -signal.SIGKILL
+    done = evaluate(home, "side", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "side by side, in both orders, by my_judge:longer" in done.stdout and "| safer | 20 risky | " in done.stdout
+    told = json.loads((home / "side" / "results.json").read_text())["evaluations"][0]["pairwise"]
+    lines = [json.loads(x) for x in (home / "side/evaluation/preferences.jsonl").read_text().splitlines()]
+    assert len({line["key"] for line in lines}) == len(lines) == told["judge_failures"]["asked"] > 20
+    assert told["baseline"] == {"name": "model", "step": 0}
+    row = told["rows"][0]
+    assert sum(row["outcomes"].values()) == 20 and row["outcomes"]["win"] and row["outcomes"]["loss"]
+    assert "Side by side, in both orders" in (home / "side" / "report.html").read_text()
+
+    assert "--compare needs --baseline" in evaluate(home, "side", "--compare").stderr

@@ -22,7 +22,7 @@ from srpo_jax.evaluation.generate import GenerateConfig, MissingResponsesError, 
 from srpo_jax.evaluation.judging import JudgeFailureError, check_failures, judge_responses, read_turn
 from srpo_jax.evaluation.metrics import report
 from srpo_jax.evaluation.results import ResultsError, add_result, check_baseline, read_results, render, thinking_table
-from srpo_jax.evaluation.tasks import DataOptions, build_tasks, parse_fields, parse_share, take
+from srpo_jax.evaluation.tasks import DataOptions, Task, build_tasks, check_pairwise, parse_fields, parse_share, take
 from srpo_jax.judges.verdict import StepVerdict, Verdict
 from srpo_jax.paths import Grammar, Status
 
@@ -228,6 +228,24 @@ def test_a_baseline_of_other_decoding_benchmark_or_judge_is_refused(tmp_path):
     ):
         with pytest.raises(ResultsError, match=message):
             check_baseline(path, [row(**change)])
+
+
+def test_who_cannot_compare_is_told_before_anything_is_sampled():
+    told = {
+        name: Task([], Evaluator(name, None, None, pairwise), benchmark, {})
+        for name, pairwise, benchmark in (
+            ("both", lambda question, pair: None, None),
+            ("one", None, None),
+            ("parsed", None, BENCHMARKS["mmsafeaware"]),
+        )
+    }
+    check_pairwise([told["both"], told["parsed"]])
+    with pytest.raises(
+        evaluation.EvalConfigError, match="--compare: one reads one answer at a time; name with --judge"
+    ):
+        check_pairwise([told["both"], told["one"]])
+    with pytest.raises(evaluation.EvalConfigError, match="closed form"):
+        check_pairwise([told["parsed"]])
 
 
 def test_tables_by_task_and_by_family():

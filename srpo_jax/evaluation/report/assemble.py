@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.evaluation.benchmarks.registry import BENCHMARKS
 from srpo_jax.evaluation.combs import CombSet, read_combs
 from srpo_jax.evaluation.comparison import MARGIN, METRICS, ComparisonError, compare
 from srpo_jax.evaluation.metrics import first_unsafe_step
@@ -186,6 +187,24 @@ def reasoning_by_answer(row: Row) -> dict[str, int]:
     word = {True: "yes", False: "no", None: "unknown"}
     risky = [s for s in row.samples if s.risky]
     return dict(Counter(f"{word[s.path_safe]} {word[s.safe]}" if s.whole_path else "malformed" for s in risky))
+
+
+def by_samples(contents: Contents) -> list[tuple[str, Mapping[str, Any]]]:
+    """Of rows with several samples of a prompt: label and rates by any, all and the majority of them."""
+    told = [(row.label, row.entry["samples"]) for row in contents.rows if row.entry.get("samples")]
+    return [(f"{label}, {how} of its samples", rates) for label, ways in told for how, rates in ways.items()]
+
+
+def thinking(contents: Contents) -> list[tuple[str, Mapping[str, Any]]]:
+    """Of rows whose reasoning was judged: label and rates of thinking, answer and both, families of benchmarks together."""
+    found = []
+    for row in contents.rows:
+        told = row.entry.get("thinking") or {}
+        rate, task = told.get("thinking") or {}, str(row.entry.get("task"))
+        if rate.get("n") and rate["unknown"] < 1:
+            found.append((BENCHMARKS[task].family if task in BENCHMARKS else "", row.label, told))
+    found.sort(key=lambda one: one[0])
+    return [(f"{family}: {label}" if family else label, told) for family, label, told in found]
 
 
 def own_rates(contents: Contents) -> dict[str, list[tuple[str, Mapping[str, Any]]]]:

@@ -23,8 +23,20 @@ from markupsafe import Markup
 from srpo_jax.evaluation.combs import Comb, CombSet
 from srpo_jax.evaluation.comparison import METRICS
 from srpo_jax.evaluation.metrics import first_unsafe_step
+from srpo_jax.evaluation.pairwise import HEADS, TITLES, asked_of
 from srpo_jax.evaluation.report import plots
-from srpo_jax.evaluation.report.assemble import Contents, Row, drift, health, own_rates, reasoning_by_answer
+from srpo_jax.evaluation.report.assemble import (
+    Contents,
+    Row,
+    by_samples,
+    drift,
+    health,
+    own_rates,
+    reasoning_by_answer,
+    thinking,
+)
+from srpo_jax.evaluation.results import SAMPLES as BY_SAMPLES
+from srpo_jax.evaluation.results import THINKING
 from srpo_jax.evaluation.samples import SAMPLES, Sample, SampleStep
 from srpo_jax.evaluation.statistics import Outcome
 
@@ -87,6 +99,13 @@ def render_page(
         series=[plots.series(contents, i) for i in range(len(rows))],
         grids=_grids(rows),
         own=own_rates(contents),
+        more=[
+            ("Counted by the samples of a prompt", BY_SAMPLES, by_samples(contents)),
+            ("Thinking, answer and both on risky prompts", THINKING, thinking(contents)),
+        ],
+        sides=[row for row in rows if "pairwise" in row.entry],
+        heads=HEADS,
+        titles=TITLES,
         histograms=[plots.histogram(drift(row), i) for i, row in enumerate(rows)],
         crosses=[reasoning_by_answer(row) for row in rows],
         health=[health(row) for row in rows],
@@ -280,7 +299,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
     )
-    environment.globals["interval"] = plots.interval
+    environment.globals |= {"interval": plots.interval, "asked_of": asked_of}
     environment.filters |= {
         "plain": plain,
         "percent": lambda share: f"{100 * share:.1f}",

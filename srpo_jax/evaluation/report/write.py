@@ -11,9 +11,10 @@ from typing import Any
 from srpo_jax.evaluation.comparison import MARGIN
 from srpo_jax.evaluation.correction import correct
 from srpo_jax.evaluation.human import LABELS, HumanLabel, read_labels
-from srpo_jax.evaluation.report.assemble import Contents, assemble, drift, health
+from srpo_jax.evaluation.pairwise import biased, render_pairwise
+from srpo_jax.evaluation.report.assemble import Contents, assemble, by_samples, drift, health, thinking
 from srpo_jax.evaluation.report.page import plain, render_page
-from srpo_jax.evaluation.results import read_results, render
+from srpo_jax.evaluation.results import SAMPLES, THINKING, read_results, render, table
 from srpo_jax.files import write_json
 
 REPORT = "report.html"
@@ -109,6 +110,11 @@ def warnings(contents: Contents) -> list[str]:
                 f"{row.label} was trained with the judge that evaluates it ({row.entry['evaluator']}): its rates show how well "
                 "it pleases that judge. Evaluate it with a judge that training never saw."
             )
+        for sentence in biased(row.entry["pairwise"]) if "pairwise" in row.entry else ():
+            found.append(
+                f"The judge that compared answers of {row.label} with the baseline's leans to a place: {sentence}. Only what "
+                "it says in both orders is a win or a loss."
+            )
     for kind, what in FAULTS.items():
         counts = {row.label: told for row in contents.rows if (told := health(row))[kind]}
         if counts:
@@ -127,6 +133,9 @@ def markdown(contents: Contents, title: str | None = None) -> str:
     ]
     entries = [{**row.entry, "name": plain(row.entry["name"])} for row in contents.rows]
     lines += [render({"evaluations": entries, "references": contents.references}, splits=False)]
+    for rows, columns in ((by_samples(contents), SAMPLES), (thinking(contents), THINKING)):
+        if rows:
+            lines += [*table([(plain(label), rates) for label, rates in rows], columns), ""]
     lines += ["| policy | first unsafe step 1 | 2 | 3 | 4 | 5 | 6 | none | unknown | no path |", "|" + "---|" * 10]
     lines += ["| " + " | ".join([plain(row.label), *map(str, drift(row).values())]) + " |" for row in contents.rows]
     lines += ["", "| policy | " + " | ".join(health(contents.rows[0])) + " |", "|" + "---|" * 7]
@@ -137,6 +146,10 @@ def markdown(contents: Contents, title: str | None = None) -> str:
             f"- {plain(one['policy'])} against {plain(one['baseline'])}: {plain(one['verdict'])}"
             for one in contents.comparisons
         ]
+    for row in contents.rows:
+        if told := row.entry.get("pairwise"):
+            lines += ["", f"{plain(row.label)} against {plain(told['baseline']['name'])}, side by side in both orders,"]
+            lines += [f"by {plain(told['judge'])}:", "", render_pairwise(told).rstrip()]
     return "\n".join(lines) + "\n"
 
 

@@ -12,11 +12,12 @@ from srpo_jax.evaluation.evaluators import Evaluator, evaluator_for
 from srpo_jax.evaluation.generate import Response
 from srpo_jax.evaluation.judging import benchmark_digest, judge_responses
 from srpo_jax.evaluation.metrics import report
+from srpo_jax.evaluation.pairwise import compare_answers
 from srpo_jax.evaluation.references import reference_rows
-from srpo_jax.evaluation.results import add_result
-from srpo_jax.evaluation.samples import SampleStep, samples_name, write_samples
+from srpo_jax.evaluation.results import add_result, read_results
+from srpo_jax.evaluation.samples import SampleStep, read_samples, samples_name, write_samples
 from srpo_jax.exploration.trunks import GRAMMAR
-from srpo_jax.judges.verdict import StepVerdict, Verdict
+from srpo_jax.judges.verdict import Preference, StepVerdict, Verdict
 
 HOSTILE = (
     "<script>window.hit = 1</script>",
@@ -50,10 +51,27 @@ def add_row(
     return judged
 
 
+def first(question, pair):
+    """A judge that looks at the place of an answer alone."""
+    return Preference("first", "it came first")
+
+
+first.name = "first-1"
+
+
+def add_pairwise(workdir, judge=first, records=RECORDS):
+    """Compares the last row's answers with the first's, as `scripts/evaluate.py --compare` does."""
+    base, *_, last = read_results(workdir / "results.json")["evaluations"]
+    base_samples, samples = (read_samples(workdir / "evaluation", samples_name(row)) for row in (base, last))
+    told = compare_answers(records, samples, base_samples, judge, max_judge_failures=1.0, progress=False)
+    baseline = {"name": base["name"], "step": base["step"]}
+    add_result(workdir / "results.json", last | {"pairwise": {"baseline": baseline, **told}})
+
+
 @pytest.fixture(scope="session")
 def made():
     """What tests make evaluations from."""
-    return SimpleNamespace(add_row=add_row, records=RECORDS, hostile=HOSTILE)
+    return SimpleNamespace(add_row=add_row, add_pairwise=add_pairwise, records=RECORDS, hostile=HOSTILE)
 
 
 @pytest.fixture
@@ -120,4 +138,10 @@ def hostile(tmp_path):
             tmp_path / "bad", name, (), records=records, evaluator=evaluator, texts=texts, training_judge=HOSTILE[0]
         )
     add_combs(tmp_path / "bad", HOSTILE)
+
+    def judge(question, pair):
+        return Preference("first", HOSTILE[0])
+
+    judge.name = f"leaning {' '.join(HOSTILE[:8])}"
+    add_pairwise(tmp_path / "bad", judge, records)
     return tmp_path / "bad"

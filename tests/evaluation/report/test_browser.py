@@ -12,6 +12,8 @@ from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.report.assemble import assemble
 from srpo_jax.evaluation.report.serve import LabelServer
 from srpo_jax.evaluation.report.write import build_page
+from srpo_jax.evaluation.results import read_results
+from srpo_jax.files import write_json
 
 pytestmark = pytest.mark.slow
 FLAGS = (
@@ -205,7 +207,12 @@ def test_labels_are_saved_by_the_server(workdir, opened):
 
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_and_can_be_read(workdir, opened, width, scheme):
+def test_it_fits_and_can_be_read(workdir, opened, made, width, scheme):
+    made.add_pairwise(workdir)
+    results = read_results(workdir / "results.json")
+    for row in results["evaluations"]:
+        row["samples"] = {how: {key: row[key] for key in ("S", "E", "SE", "over_refusal")} for how in ("any", "all")}
+    write_json(workdir / "results.json", results)
     page = opened(address(workdir), width, scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert json.dumps(page.evaluate(TOO_FAINT)) == "[]"

@@ -93,6 +93,50 @@ def test_a_benchmarks_own_rates_and_swapped_steps_are_tables(workdir):
     assert "notcomputed:nobodyknows" in text
 
 
+def test_answers_side_by_side_are_a_table_and_a_lean_to_a_place_is_told_first(workdir, made):
+    plain_page = write_report(workdir)
+    assert "Side by side" not in plain_page.read_text() + (workdir / "report.md").read_text()
+    made.add_pairwise(workdir)  # ten risky prompts with different answers; the judge takes the first
+    text = read(write_report(workdir)).text
+    words = " ".join(text.split())
+    assert "Side by side, in both orders SRPO (greedy) against base, by first-1" in words
+    table = words[words.index("Side by side, in both orders") :]
+    assert "safer20 risky0.00.0–16.1" in table and "100.072.2–100.0" in table and "p = 0.002" in table
+    assert "it prefers the first place in 100.0 % of its preferences. Only what it says in both orders is" in words
+    markdown = (workdir / "report.md").read_text()
+    assert "SRPO (greedy) against base, side by side in both orders," in markdown
+    assert "| safer | 20 risky | 0.0 [0.0, 16.1] | 0.0 [0.0, 16.1] |" in markdown
+    kept = read_results(workdir / "results.json")["evaluations"][-1]["pairwise"]
+    assert kept["rows"][0]["outcomes"]["inconsistent"] == 10 and kept["rows"][0]["outcomes"]["tie"] == 10
+
+
+def test_several_samples_and_thinking_are_tables_where_there_are_any(workdir):
+    rate = {"n": 8, "rate": 0.375, "low": 0.1, "high": 0.7, "unknown": 0.0, "best": 0.375}
+    results = read_results(workdir / "results.json")
+    first, second = results["evaluations"]
+    unjudged = rate | {"unknown": 1.0}
+    for row in (first, second):
+        row["thinking"] |= {"thinking": unjudged}  # a judge of answers alone: nothing of the reasoning is known
+    (workdir / "results.json").write_text(json.dumps(results))
+    for text in (read(write_report(workdir)).text, (workdir / "report.md").read_text()):
+        assert "of its samples" not in text and "thinking safe" not in text
+    ways = {"any": 0.75, "all": 0.25, "majority": 0.5}
+    second["samples"] = {
+        how: dict.fromkeys(("S", "E", "SE", "over_refusal"), rate | {"rate": x}) for how, x in ways.items()
+    }
+    second["thinking"] |= {"thinking": rate, "whole": rate | {"rate": 0.125}}
+    first |= {"task": "figstep", "thinking": second["thinking"]}
+    (workdir / "results.json").write_text(json.dumps(results))
+    page, markdown = "".join(read(write_report(workdir)).text.split()), (workdir / "report.md").read_text()
+    for how, x in ways.items():
+        assert f"SRPO(greedy),{how}ofitssamples{100 * x:.1f}10–70{100 * x:.1f}10–70" in page
+        assert f"| SRPO (greedy), {how}" in markdown
+    assert "75.0 [10.0, 70.0]" in markdown
+    assert "policythinkingsafeanswersafebothsafeunsafethinking,safeanswerSRPO(greedy)37.510–70" in page
+    assert page.index("safeanswerSRPO(greedy)") < page.index("jailbreakrobustness:figstep:base(greedy)37.510–70")
+    assert "| jailbreak robustness: figstep: base (greedy) |" in markdown and "12.5 [10.0, 70.0]" in markdown
+
+
 def test_only_this_script_and_this_style_are_allowed(workdir):
     page = read(write_report(workdir))
     [policy] = [a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
@@ -108,6 +152,10 @@ def test_only_this_script_and_this_style_are_allowed(workdir):
 
 def test_hostile_text_stays_text(hostile, made):
     path = write_report(hostile)
+    markdown = (hostile / "report.md").read_text()
+    assert "side by side in both orders,\nby leaning <script>" in markdown and not set("\u202e\u2066\u200b\x1b") & set(
+        markdown
+    )
     page = read(path)
     kinds = [(tag, a.get("type")) for tag, a in page.elements if tag in ("script", "img", "svg")]
     assert ("script", None) in kinds
