@@ -82,7 +82,7 @@ def main(_):
     baseline = check_baseline(Path(BASELINE.value) / "results.json", planned) if BASELINE.value else []
     policy, told = load(config)
     distributed.on_lead(lambda: occupy(workdir / "evaluation"))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for task in tasks:
         prompts = encode_prompts(task.questions, policy.processor)
         references = reference_rows(task.questions, task.evaluator, workdir / "evaluation", task.benchmark)
