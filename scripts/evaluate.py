@@ -138,7 +138,7 @@ def show(workdir, names, rows, baseline):
             print(
                 f"\nside by side, in both orders, by {ours['pairwise']['judge']}\n\n{render_pairwise(ours['pairwise'])}"
             )
-            print("".join(f"Position bias: {sentence}.\n" for sentence in biased(ours["pairwise"])), end="")
+            print("".join(f"Position bias: {lean}.\n" for lean in biased(ours["pairwise"])), end="")
         elif COMPARE.value:
             print("Answers of a closed form: no judge compares them.")
 

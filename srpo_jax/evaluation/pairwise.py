@@ -276,15 +276,15 @@ def _clusters(prompts: Prompts) -> list[str]:
 
 
 def biased(told: Mapping[str, Any]) -> list[str]:
-    """A sentence for each question whose replies lean to one place at 5 %, after Holm's correction."""
+    """What to say of each question whose replies lean to one place at 5 %, after Holm's correction."""
     found = []
     for row in told["rows"]:
         place = row["position"]
         if place is not None and place["p_holm"] < 0.05:
             side, share = ("first", place["first"]) if place["first"] > 0.5 else ("second", 1 - place["first"])
             found.append(
-                f"asked which answer is {TITLES[row['aspect']]} ({row['prompts']} prompts), it prefers the {side} place in "
-                f"{100 * share:.1f} % of its preferences"
+                f"asked which answer is {TITLES[row['aspect']]} ({row['prompts']} prompts), it prefers the {side} place "
+                f"{100 * share:.1f} % of the time"
             )
     return found
 
@@ -293,17 +293,18 @@ def render_pairwise(told: Mapping[str, Any]) -> str:
     """A Markdown table of `compare_answers`."""
     lines = ["| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
     for row in told["rows"]:
-        cells = [TITLES[row["aspect"]], asked_of(row), cell(row["win"]), cell(row["loss"])]
+        asked = f"{row['n']} {row['prompts']}" + (f" ({rest})" if (rest := undecided(row)) else "")
+        cells = [TITLES[row["aspect"]], asked, cell(row["win"]), cell(row["loss"])]
         cells += [_net(row["net"]), cell(row["consistent"]), _place(row["position"])]
         cells.append(f"{cell(row['length_matched']['win'])} of {row['length_matched']['n']}")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
-def asked_of(row: Mapping[str, Any]) -> str:
-    """How many prompts, of what kind, and how many pairs lack an answer."""
-    missing = row["outcomes"]["unanswered"]
-    return f"{row['n']} {row['prompts']}" + (f", {missing} unanswered" if missing else "")
+def undecided(row: Mapping[str, Any]) -> str:
+    """How many pairs of answers were neither won nor lost, and why; "" if all were."""
+    words = {"tie": "tied", **{name: name for name in ("inconsistent", "failed", "unanswered")}}
+    return ", ".join(f"{row['outcomes'][name]} {word}" for name, word in words.items() if row["outcomes"][name])
 
 
 def _net(one: Mapping[str, Any] | None) -> str:

@@ -81,7 +81,7 @@ def test_an_unbiased_judge_gives_the_planted_rates():
     assert biased(told) == []
     assert json.loads(json.dumps(told)) == told
     table = render_pairwise(told).splitlines()
-    assert len(table) == 5 and table[2].startswith("| safer | 20 risky | 50.0 [29.9, 70.1] | 25.0 [")
+    assert len(table) == 5 and table[2].startswith("| safer | 20 risky (5 tied) | 50.0 [29.9, 70.1] | 25.0 [")
 
 
 def test_a_judge_of_the_first_place_is_exposed_and_wins_nobody_anything():
@@ -93,7 +93,7 @@ def test_a_judge_of_the_first_place_is_exposed_and_wins_nobody_anything():
         assert place["first"] == 1 and place["low"] > 0.8 and place["p"] < place["p_holm"] < 0.001
     assert len(biased(told)) == 3
     assert biased(told)[0] == (
-        "asked which answer is safer (risky prompts), it prefers the first place in 100.0 % of its preferences"
+        "asked which answer is safer (risky prompts), it prefers the first place 100.0 % of the time"
     )
 
 
@@ -113,7 +113,7 @@ def test_a_lean_to_one_place_is_found_and_does_not_inflate_the_win_rate(place):
         # 20 pairs, 40 preferences: 15 first and 15 second where quality decides, 10 more for the place.
         assert row["position"]["first"] == (0.625 if place == "first" else 0.375)
     everywhere = arms(["1 a"], ["1 b"])
-    assert f"prefers the {place} place in 100.0 %" in biased(compare(*everywhere, leaning))[0]
+    assert f"prefers the {place} place 100.0 %" in biased(compare(*everywhere, leaning))[0]
 
 
 CHOICE = st.sampled_from(["first", "second", "tie"])
@@ -153,7 +153,7 @@ def test_missing_answers_win_nothing_and_stay_in_the_total_and_equal_ones_tie_un
         assert (row["n"], row["outcomes"]["unanswered"], row["outcomes"]["tie"]) == (20, 10, 10)
         assert row["win"]["rate"] == row["loss"]["rate"] == 0 and row["position"] is None
         assert row["consistent"]["n"] == 0
-    assert "20 risky, 10 unanswered" in render_pairwise(told)
+    assert "20 risky (10 tied, 10 unanswered)" in render_pairwise(told)
 
 
 def test_several_samples_are_one_prompt_and_clusters_stay_whole():

@@ -171,7 +171,7 @@ def test_two_arms_side_by_side_survive_a_kill(home, whole, tiny_policy):
     assert evaluate(home, "side", *arguments, KILL_AT="preferences 9").returncode == -signal.SIGKILL
     done = evaluate(home, "side", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "side by side, in both orders, by my_judge:longer" in done.stdout and "| safer | 20 risky | " in done.stdout
+    assert "side by side, in both orders, by my_judge:longer" in done.stdout and "| safer | 20 risky" in done.stdout
     told = json.loads((home / "side" / "results.json").read_text())["evaluations"][0]["pairwise"]
     lines = [json.loads(x) for x in (home / "side/evaluation/preferences.jsonl").read_text().splitlines()]
     assert len({line["key"] for line in lines}) == len(lines) == told["judge_failures"]["asked"] > 20

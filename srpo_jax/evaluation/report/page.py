@@ -23,7 +23,7 @@ from markupsafe import Markup
 from srpo_jax.evaluation.combs import Comb, CombSet
 from srpo_jax.evaluation.comparison import METRICS
 from srpo_jax.evaluation.metrics import first_unsafe_step
-from srpo_jax.evaluation.pairwise import HEADS, TITLES, asked_of
+from srpo_jax.evaluation.pairwise import HEADS, TITLES, undecided
 from srpo_jax.evaluation.report import plots
 from srpo_jax.evaluation.report.assemble import (
     Contents,
@@ -299,7 +299,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=False
     )
-    environment.globals |= {"interval": plots.interval, "asked_of": asked_of}
+    environment.globals |= {"interval": plots.interval, "undecided": undecided}
     environment.filters |= {
         "plain": plain,
         "percent": lambda share: f"{100 * share:.1f}",

@@ -110,10 +110,10 @@ def warnings(contents: Contents) -> list[str]:
                 f"{row.label} was trained with the judge that evaluates it ({row.entry['evaluator']}): its rates show how well "
                 "it pleases that judge. Evaluate it with a judge that training never saw."
             )
-        for sentence in biased(row.entry["pairwise"]) if "pairwise" in row.entry else ():
+        if lean := biased(row.entry.get("pairwise") or {"rows": ()}):
             found.append(
-                f"The judge that compared answers of {row.label} with the baseline's leans to a place: {sentence}. Only what "
-                "it says in both orders is a win or a loss."
+                f"The judge that compared answers of {row.label} with the baseline's leans to a place: {'; '.join(lean)}. Only "
+                "what it says in both orders is a win or a loss."
             )
     for kind, what in FAULTS.items():
         counts = {row.label: told for row in contents.rows if (told := health(row))[kind]}

@@ -101,11 +101,18 @@ def test_answers_side_by_side_are_a_table_and_a_lean_to_a_place_is_told_first(wo
     words = " ".join(text.split())
     assert "Side by side, in both orders SRPO (greedy) against base, by first-1" in words
     table = words[words.index("Side by side, in both orders") :]
-    assert "safer20 risky0.00.0–16.1" in table and "100.072.2–100.0" in table and "p = 0.002" in table
-    assert "it prefers the first place in 100.0 % of its preferences. Only what it says in both orders is" in words
+    assert (
+        "safer20 risky10 tied 10 inconsistent0.00.0–16.1" in table
+        and "100.072.2–100.0" in table
+        and "p = 0.002" in table
+    )
+    assert (
+        "more helpful (risky prompts), it prefers the first place 100.0 % of the time. Only what it says in both"
+        in words
+    )
     markdown = (workdir / "report.md").read_text()
     assert "SRPO (greedy) against base, side by side in both orders," in markdown
-    assert "| safer | 20 risky | 0.0 [0.0, 16.1] | 0.0 [0.0, 16.1] |" in markdown
+    assert "| safer | 20 risky (10 tied, 10 inconsistent) | 0.0 [0.0, 16.1] | 0.0 [0.0, 16.1] |" in markdown
     kept = read_results(workdir / "results.json")["evaluations"][-1]["pairwise"]
     assert kept["rows"][0]["outcomes"]["inconsistent"] == 10 and kept["rows"][0]["outcomes"]["tie"] == 10
 
