@@ -1,16 +1,14 @@
 """scripts/evaluate.py as a user runs it."""
 
-import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -162,22 +160,28 @@ def test_another_judge_another_arm_and_a_broken_judge(home, whole):
     ]
 
 
-@pytest.mark.slow  # four processes; the parts are tested in test_pairwise.py
-def test_two_arms_side_by_side_survive_a_kill(home, whole, tiny_policy):
-    rng = np.random.default_rng(3)
-    noise = jax.tree.map(lambda x: x + rng.normal(scale=0.05, size=x.shape).astype(x.dtype), tiny_policy.params)
-    dataclasses.replace(tiny_policy, params=noise).save(home / "other")
-    arguments = ["--checkpoint=other", f"--baseline={whole}", "--compare"]
+@pytest.mark.slow  # five processes; the parts are tested in test_pairwise.py
+def test_two_arms_side_by_side_survive_a_kill(home, whole):
+    """The other arm answers every prompt, one character longer where the first answers, too."""
+    for name in ("side", "other"):
+        shutil.copytree(whole, home / name)
+    [file] = (home / "other/evaluation/samples").glob("*.json")
+    told = json.loads(file.read_text())
+    answered = sum(bool(one["answer"]) for one in told["samples"])
+    told["samples"] = [one | {"answer": (one["answer"] or "No") + "."} for one in told["samples"]]
+    file.write_text(json.dumps(told))
+    arguments = ["--score_only", "--baseline=other", "--compare"]
     assert evaluate(home, "side", *arguments, KILL_AT="preferences 9").returncode == -signal.SIGKILL
     done = evaluate(home, "side", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "side by side, in both orders, by my_judge:longer" in done.stdout and "| safer | 20 risky" in done.stdout
     told = json.loads((home / "side" / "results.json").read_text())["evaluations"][0]["pairwise"]
     lines = [json.loads(x) for x in (home / "side/evaluation/preferences.jsonl").read_text().splitlines()]
-    assert len({line["key"] for line in lines}) == len(lines) == told["judge_failures"]["asked"] > 20
-    assert told["baseline"] == {"name": "model", "step": 0}
-    row = told["rows"][0]
-    assert sum(row["outcomes"].values()) == 20 and row["outcomes"]["win"] and row["outcomes"]["loss"]
+    assert told["judge_failures"] == {"asked": 4 * answered, "failed": 0} and told["baseline"]["name"] == "model"
+    assert (
+        len({line["key"] for line in lines}) == len(lines) <= 4 * answered
+    )  # equal answers to one prompt are asked once
+    lost = {"win": 0, "tie": 0, "loss": answered, "inconsistent": 0, "failed": 0, "unanswered": 20 - answered}
+    assert [row["outcomes"] for row in told["rows"]] == [lost, lost]
     assert "Side by side, in both orders" in (home / "side" / "report.html").read_text()
-
     assert "--compare needs --baseline" in evaluate(home, "side", "--compare").stderr
