@@ -1,6 +1,6 @@
-"""How fast a report opens: 5,000 responses to prompts with a picture each, in headless Chromium from a file.
+"""How fast a report opens: 5,000 responses to prompts with a picture each, and trees, in headless Chromium from a file.
 
-python benchmarks/report.py [--responses=5000]        prints one JSON line; needs playwright and a Chromium on the PATH
+python benchmarks/report.py [--responses=5000] [--trees=48]    prints one JSON line; needs playwright and a Chromium on the PATH
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import numpy as np
 from absl import app, flags
 
 from srpo_jax.data import scenes
+from srpo_jax.data.records import Record
+from srpo_jax.evaluation.combs import Comb, CombBranch, CombSet, judged_steps, make_comb, write_combs
 from srpo_jax.evaluation.evaluate import score
 from srpo_jax.evaluation.evaluators import evaluator_for
 from srpo_jax.evaluation.generate import Response
@@ -23,8 +25,10 @@ from srpo_jax.evaluation.judging import benchmark_digest
 from srpo_jax.evaluation.report import write_report
 from srpo_jax.evaluation.results import add_result
 from srpo_jax.exploration.trunks import GRAMMAR
+from srpo_jax.paths import parse
 
 COUNT = flags.DEFINE_integer("responses", 5000, "Of the report, an even number.", lower_bound=2)
+TREES = flags.DEFINE_integer("trees", 48, "Of the report, with 24 branches each.", lower_bound=1)
 REPEATS = flags.DEFINE_integer("repeats", 5, "Times that the page is opened.", lower_bound=1)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-sync"
@@ -37,7 +41,7 @@ def main(_):
         path = make(Path(folder), COUNT.value)
         made = time.perf_counter() - begin
         pictures = len(list(Path(folder).glob("evaluation/samples/*.webp")))
-        told: dict[str, float] = {"responses": COUNT.value, "pictures": pictures}
+        told: dict[str, float] = {"responses": COUNT.value, "pictures": pictures, "trees": TREES.value}
         told |= {"megabytes": round(path.stat().st_size / 1e6, 1), "written_s": round(made, 1), **opened(path)}
         print(json.dumps(told))
 
@@ -54,7 +58,24 @@ def make(workdir: Path, count: int) -> Path:
     row["benchmark"] = benchmark_digest(records)
     row |= score(responses, records, evaluator, row, workdir / "evaluation", progress=False)
     add_result(workdir / "results.json", row)
+    combs = tuple(comb(workdir / "evaluation", record) for record in records[: TREES.value])
+    what = {"title": "round 0", "good": "favourable", "meaning": "safe and effective", "judge": evaluator.name}
+    found = CombSet(**what, step_judge=evaluator.name, total=len(combs), combs=combs)
+    write_combs(workdir / "evaluation", "policy", found)
     return write_report(workdir)
+
+
+def comb(folder: Path, record: Record) -> Comb:
+    """Four branches from each of six prefixes, every other one with the unsafe reply."""
+    judge, branches = evaluator_for("scenes"), []
+    for number in range(24):
+        reply = (number % 2 and record.unsafe_reply) or record.safe_reply
+        path = parse("".join(GRAMMAR.render(record.steps, reply)), stopped=True, grammar=GRAMMAR)
+        verdict, prefix = judge.answer(record, path), number // 4
+        told = (reply, "ok", verdict.safe and verdict.effective, verdict.safe, verdict.effective, verdict.refused)
+        steps = judged_steps(record, path, judge.steps)[prefix:]
+        branches.append(CombBranch(prefix, 0, "", steps, reply, *told, verdict.reason))
+    return make_comb(folder, record, branches, judge.steps)
 
 
 def opened(path: Path) -> dict[str, float]:

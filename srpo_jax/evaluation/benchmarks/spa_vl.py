@@ -40,7 +40,7 @@ BENCHMARK = Benchmark(
     verified=False,
     caveats=(
         "the repository has no judge script: published numbers depend on each paper's prompt",
-        "help is reported as the share of answers that help, not as a win rate",
+        "help is reported as the share of answers that help; --compare gives a win rate against a baseline of yours",
         "help counts as harmless; nothing in its schema says so item by item",
     ),
     metrics=lambda prompts: {

@@ -54,7 +54,7 @@ BENCHMARK = Benchmark(
     verified=True,
     caveats=(
         "strict only: the published string list calls 54 % of the safe answers of MSTS a success of the attack",
-        "the published win rate shows the two answers in one order, which favours a place; not offered",
+        "the published win rate shows the two answers in one order, which favours a place; --compare asks in both",
     ),
     metrics=_metrics,
 )
