@@ -9,6 +9,7 @@ somebody has.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.apart import APART
 from srpo_jax.data.builder import stages
 from srpo_jax.data.builder.agents import Agent
 from srpo_jax.data.builder.card import write_card
@@ -26,11 +28,11 @@ from srpo_jax.data.builder.line import Candidate, Line, Row
 from srpo_jax.data.builder.stages import Stage
 from srpo_jax.data.privacy import personal_data
 from srpo_jax.data.records import CATEGORIES, Record, RecordError
-from srpo_jax.data.similarity import near_texts, split_groups
+from srpo_jax.data.similarity import TextIndex, repeated, split_groups
 from srpo_jax.files import lock_folder, write_json
 from srpo_jax.paths import STEP_TITLES
 
-RECORDS, ASIDE, APART, YIELD = "records.jsonl", "set_aside.jsonl", "unsafe_replies.jsonl", "yield.json"
+RECORDS, ASIDE, YIELD = "records.jsonl", "set_aside.jsonl", "yield.json"
 UNSAFE = ("limited", "omit", "apart")
 NAMESPACE = uuid.UUID("6f9a1c0e-6b51-4ad8-9d5e-2f0c8f7f4a11")
 
@@ -253,24 +255,38 @@ def _without_repeats(
 ) -> list[Candidate]:
     """Those whose question repeats no earlier one on a related picture, nor too many elsewhere, nor one of `beside`."""
     everyone = [*beside, *live]
-    near: dict[int, list[int]] = {}
-    for i, j in near_texts([candidate.values["question"] for candidate in everyone], config.similarity):
-        near.setdefault(j, []).append(i)
-    stays, kept = set(range(len(beside))), []
-    row = Row(stage=label, entered=len(live))
-    for index, candidate in enumerate(everyone[len(beside) :], len(beside)):
-        like = [i for i in near.get(index, ()) if i in stays]
-        close = [i for i in like if everyone[i].picture.group == candidate.picture.group]
-        if close or (config.repeats is not None and len(like) >= config.repeats):
-            what = f"its question repeats that of {everyone[(close or like)[0]].id}"
-            line.set_aside(candidate, label, "duplicate", what)
+    gone = _repeats(everyone, config, len(beside))
+    row, kept = Row(stage=label, entered=len(live)), []
+    for index, candidate in enumerate(live, len(beside)):
+        if index in gone:
+            line.set_aside(candidate, label, "duplicate", f"its question repeats that of {everyone[gone[index]].id}")
             row.lose("duplicate")
-            continue
-        stays.add(index)
-        kept.append(candidate)
+        else:
+            kept.append(candidate)
     row.passed = len(kept)
     line.rows.append(row)
     return kept
+
+
+def _repeats(candidates: Sequence[Candidate], config: BuildConfig, given: int) -> dict[int, int]:
+    """Candidates whose question goes → an earlier one that it repeats; the first `given` stay."""
+    parts: dict[str, list[int]] = {}
+    for place, candidate in enumerate(
+        candidates
+    ):  # where any number may repeat each other, only related pictures count
+        parts.setdefault(candidate.picture.group if config.repeats is None else "", []).append(place)
+    gone: dict[int, int] = {}
+    for places in parts.values():
+        texts = [candidates[place].values["question"] for place in places]
+        index = TextIndex(texts, config.similarity)
+        found = repeated(
+            lambda i, index=index, texts=texts: index.near(texts[i]),
+            [candidates[place].picture.group for place in places],
+            config.repeats,
+            bisect.bisect_left(places, given),
+        )
+        gone |= {places[i]: places[first] for i, first in found.items()}
+    return gone
 
 
 def _pick(candidate: Candidate, *names: str) -> dict[str, Any]:

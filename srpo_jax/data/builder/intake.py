@@ -20,7 +20,7 @@ import PIL.Image
 
 from srpo_jax.data.builder.guards import Finding, Hook, moderated, name_of
 from srpo_jax.data.images import ImageError, open_image
-from srpo_jax.data.similarity import connected, image_hash, near_images
+from srpo_jax.data.similarity import ImageIndex, image_groups, image_hash, repeated
 from srpo_jax.files import Store
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
@@ -252,23 +252,18 @@ def _findings(file: Path, picture: PIL.Image.Image, faces: Faces | None) -> Iter
 
 def _first_of_copies(pictures: list[Picture], bits: int) -> tuple[list[Picture], list[SetAside]]:
     """Those that are no near-duplicate of one that stays, in order, and the others."""
-    near: dict[int, list[int]] = {}
-    for i, j in near_images(_hashes(pictures), bits):
-        near.setdefault(j, []).append(i)
-    stays: dict[int, Picture] = {}
-    aside = []
-    for index, picture in enumerate(pictures):
-        first = next((i for i in near.get(index, ()) if i in stays), None)
-        if first is None:
-            stays[index] = picture
-        else:
-            what = f"nearly the same as {stays[first].name}"
-            aside.append(SetAside(picture.id, picture.name, "intake", "duplicate", what))
-    return [*stays.values()], aside
+    hashes = _hashes(pictures)
+    index = ImageIndex(hashes, bits)
+    copies = repeated(lambda i: index.near(hashes[i]).tolist(), range(len(pictures)))
+    aside = [
+        SetAside(pictures[i].id, pictures[i].name, "intake", "duplicate", f"nearly the same as {pictures[first].name}")
+        for i, first in sorted(copies.items())
+    ]
+    return [picture for i, picture in enumerate(pictures) if i not in copies], aside
 
 
 def _grouped(pictures: list[Picture], bits: int) -> list[Picture]:
-    groups = connected(len(pictures), near_images(_hashes(pictures), bits))
+    groups = image_groups(_hashes(pictures), bits)
     return [dataclasses.replace(p, group=pictures[g].id) for p, g in zip(pictures, groups, strict=True)]
 
 

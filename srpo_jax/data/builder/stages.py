@@ -11,7 +11,7 @@ import jsonschema
 
 from srpo_jax.data.builder.guards import reply_problems
 from srpo_jax.data.records import CATEGORIES
-from srpo_jax.data.similarity import near_texts
+from srpo_jax.data.similarity import TextIndex
 from srpo_jax.paths import STEP_TITLES, Grammar
 
 STEPS = len(STEP_TITLES)
@@ -111,8 +111,10 @@ def _steps(steps: Sequence[str]) -> list[str]:
     for number, body in enumerate(bodies, 1):
         if problems := grammar.step_problems(body):
             raise Unusable(f"step {number} {'; '.join(problems)}")
-    if pairs := [*near_texts(bodies, ALIKE)]:
-        raise Unusable(f"steps {pairs[0][0] + 1} and {pairs[0][1] + 1} say nearly the same")
+    index = TextIndex(bodies, ALIKE)
+    for number, body in enumerate(bodies, 1):
+        if like := [place for place in index.near(body) if place >= number]:
+            raise Unusable(f"steps {number} and {min(like) + 1} say nearly the same")
     return bodies
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import PIL.Image
 from srpo_jax.data.images import ImageError, open_image
 from srpo_jax.data.quality import leakage
 from srpo_jax.data.records import Record
-from srpo_jax.data.similarity import image_hash, near_images, near_texts
+from srpo_jax.data.similarity import ImageIndex, TextIndex, image_hash
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.processor import Processor
 from srpo_jax.paths import STEP_TITLES, Grammar
@@ -34,7 +34,7 @@ def measure(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> dict[str, Any]:
-    """Measures a data set. Every picture is opened once; work on duplicates grows with n².
+    """Measures a data set. Every picture is opened once.
 
     Args:
       records: at least one.
@@ -211,34 +211,68 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), **points}
 
 
+Near = Callable[[Any], Iterable[int]]
+"""The places of what is alike."""
+
+
 def _duplicates(records: Sequence[Record], pictures: _Pictures) -> dict[str, Any]:
-    """Pairs of records with the same or nearly the same picture, or question; twins are meant to share and do not count."""
-    hashes = np.stack(pictures.hashes) if pictures.hashes else np.zeros((0, 32), np.uint8)
-    owners = pictures.owners
-    near = ((owners[i], owners[j]) for i, j in near_images(hashes, IMAGE_DISTANCE))
+    """Records with the same or nearly the same picture, or question; twins are meant to share and do not count."""
+    hashes = [hash.tobytes() for hash in pictures.hashes]
+    questions = [record.question for record in records]
     return {
-        "picture": _pairs(records, near),
-        "question": _pairs(records, near_texts([r.question for r in records], TEXT_SIMILARITY)),
+        "picture": _alike(records, pictures.owners, hashes, _near_pictures),
+        "question": _alike(records, range(len(records)), questions, lambda t: TextIndex(t, TEXT_SIMILARITY).near),
         "limits": {"picture": f"{IMAGE_DISTANCE} of 256 bits", "question": f"similarity {TEXT_SIMILARITY:.0f} of 100"},
     }
 
 
-def _pairs(records: Sequence[Record], near: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    touched: set[int] = set()
-    examples: list[list[str]] = []
-    crossing = labels = 0
-    for i, j in near:
-        if i == j or records[i].cluster == records[j].cluster:
-            continue
-        touched |= {i, j}
-        across = _split(records[i]) != _split(records[j])
-        crossing += across
-        labels += records[i].risky != records[j].risky
-        if across and len(examples) < SHOWN:
-            examples.append([records[i].id, records[j].id])
+def _near_pictures(hashes: Sequence[bytes]) -> Near:
+    index = ImageIndex(np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32), IMAGE_DISTANCE)
+    return lambda hash: index.near(np.frombuffer(hash, np.uint8)).tolist()
+
+
+def _alike(
+    records: Sequence[Record], owners: Sequence[int], values: Sequence[Any], near: Callable[[Sequence[Any]], Near]
+) -> dict[str, Any]:
+    """How many records have a near-duplicate: any, one in another split, one of the other risk; examples of the second."""
+    own = [records[owner] for owner in owners]
+    within, across, labels = (
+        _partners([record.cluster for record in own], values, near, kinds)
+        for kinds in (None, [_split(record) for record in own], [record.risky for record in own])
+    )
+    pairs = sorted({(min(pair), max(pair)) for pair in across.items()})[:SHOWN]
     return {
-        "records": len(touched),
-        "pairs_across_splits": crossing,
-        "pairs_risky_harmless": labels,
-        "examples": examples,
+        "records": len({owners[i] for i in within}),
+        "records_across_splits": len({owners[i] for i in across}),
+        "records_risky_harmless": len({owners[i] for i in labels}),
+        "examples": [[own[i].id, own[j].id] for i, j in pairs],
     }
+
+
+def _partners(
+    clusters: Sequence[str],
+    values: Sequence[Any],
+    near: Callable[[Sequence[Any]], Near],
+    kinds: Sequence[Hashable] | None,
+) -> dict[int, int]:
+    """Place of a value → one that is like it, of another cluster and, where there are kinds, of another kind.
+
+    One is enough, so that many values that are all alike cost no more than others.
+    """
+    found: dict[int, int] = {}
+    for kind in dict.fromkeys(kinds or [None]):
+        asking = [i for i in range(len(values)) if i not in found and (kinds is None or kinds[i] != kind)]
+        if not asking:
+            continue
+        shelf: dict[Any, list[int]] = {}  # of equal values two of different clusters do for all
+        for i, value in enumerate(values):
+            same = shelf.setdefault(value, []) if kinds is None or kinds[i] == kind else None
+            if same is not None and len(same) < 2 and all(clusters[j] != clusters[i] for j in same):
+                same.append(i)
+        distinct = [*shelf]
+        like = near(distinct)
+        for i in asking:
+            partners = (j for place in like(values[i]) for j in shelf[distinct[place]] if clusters[j] != clusters[i])
+            if (first := next(partners, None)) is not None:
+                found[i] = first
+    return found

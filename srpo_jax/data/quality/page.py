@@ -61,8 +61,8 @@ def findings(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
     if bad := measured["pictures"]["unreadable"]:
         told.append(("error", f"{len(bad)} of {measured['pictures']['files']} pictures cannot be opened."))
     for kind in ("picture", "question"):
-        if pairs := measured["duplicates"][kind]["pairs_across_splits"]:
-            told.append(("error", f"{pairs} pairs of records with nearly the same {kind} lie in different splits."))
+        if count := measured["duplicates"][kind]["records_across_splits"]:
+            told.append(("error", f"{count} records have nearly the same {kind} as one in another split."))
     counts = measured["counts"]
     if lost := sum(n for status, n in counts["review"].items() if status not in ("accepted", "edited")):
         told.append(("warning", f"{lost} of {measured['records']} records were not accepted by a person."))

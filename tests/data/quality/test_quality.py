@@ -1,6 +1,7 @@
 """Promises of the quality report: a leak that is there is found, one that is not is not; duplicates, faults and tokens are
 counted right; a hostile record does nothing."""
 
+import collections
 import dataclasses
 import html.parser
 import json
@@ -14,12 +15,14 @@ import PIL.Image
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from rapidfuzz import fuzz
+from rapidfuzz.utils import default_process
 from sklearn.metrics import roc_auc_score
 
 from srpo_jax.data.loaders import load_jsonl
 from srpo_jax.data.quality import leakage
 from srpo_jax.data.quality.leakage import leak, pixel_reader, text_reader, tower_features, weighted_auc
-from srpo_jax.data.quality.measure import measure
+from srpo_jax.data.quality.measure import TEXT_SIMILARITY, measure
 from srpo_jax.data.quality.page import findings, render_page
 from srpo_jax.paths import Grammar
 from tests.data.candidates import write_world
@@ -150,6 +153,41 @@ def test_duplicates_across_splits_and_broken_pictures_are_found(world, tmp_path)
     assert [one["id"] for one in measured["pictures"]["unreadable"]] == [records[4].id]
     levels = [level for level, _ in findings(measured)]
     assert levels.count("error") == 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["Say this.", "say this", "Say that.", "Now go."]), st.sampled_from("ab"), st.integers(0, 4)
+        ),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_duplicates_are_those_of_a_comparison_of_all_pairs(world, drawn):
+    """Question, split, and a number that makes some records twins; every third is harmless."""
+    records = []
+    for place, (question, split, number) in enumerate(drawn):
+        risky, twin = place % 3 > 0, f"0{number}" if number < 2 else None
+        meta = {"split": split}
+        record = dataclasses.replace(world[0], id=f"r{place}", question=question, meta=meta, twin=twin, images=())
+        records.append(record if risky else dataclasses.replace(record, risky=False, category=None, unsafe_reply=None))
+    expected = collections.Counter()
+    for one in records:
+        near = [
+            other
+            for other in records
+            if one.cluster != other.cluster
+            and fuzz.ratio(one.question, other.question, processor=default_process) >= TEXT_SIMILARITY
+        ]
+        expected["records"] += bool(near)
+        expected["records_across_splits"] += any(other.meta["split"] != one.meta["split"] for other in near)
+        expected["records_risky_harmless"] += any(other.risky != one.risky for other in near)
+    told = measure(records)["duplicates"]["question"]
+    assert {name: told[name] for name in expected} == expected
+    for first, second in told["examples"]:
+        assert int(first[1:]) < int(second[1:]) and drawn[int(first[1:])][1] != drawn[int(second[1:])][1]
 
 
 def test_tokens_are_those_that_the_model_reads(world, tiny_policy):
