@@ -16,6 +16,7 @@ import uvicorn
 from absl import flags
 
 from srpo_jax import cli
+from srpo_jax.data.apart import join_apart
 from srpo_jax.data.loaders import load_jsonl
 from srpo_jax.data.review.export import CARD, export
 from srpo_jax.data.review.server import Links, build_app, check_names
@@ -27,6 +28,11 @@ FOLDER = flags.DEFINE_string("folder", None, "Where the review's log is kept.", 
 REVIEWER = flags.DEFINE_multi_string("reviewer", [], "Name of a reviewer; give several for several people.")
 ADJUDICATOR = flags.DEFINE_multi_string("adjudicator", [], "Name of who decides where two reviewers differ.")
 TWICE = flags.DEFINE_bool("twice", False, "Every record takes two reviewers, not only those of contested categories.")
+UNSAFE = flags.DEFINE_string(
+    "unsafe_replies",
+    None,
+    "File of unsafe replies that were kept apart: hidden until somebody opens one, exported to a file of their own.",
+)
 EXPORT = flags.DEFINE_string(
     "export", None, "Write the reviewed data set to this new folder instead of serving the page."
 )
@@ -37,7 +43,8 @@ def main(_):
     if not EXPORT.value:
         check_names(REVIEWER.value, ADJUDICATOR.value)
     records = load_jsonl(DATA.value, IMAGES.value)
-    review = Review(records, FOLDER.value, adjudicators=ADJUDICATOR.value, twice=TWICE.value)
+    records, apart = join_apart(records, UNSAFE.value) if UNSAFE.value else (records, ())
+    review = Review(records, FOLDER.value, adjudicators=ADJUDICATOR.value, twice=TWICE.value, apart=apart)
     if review.outdated:
         print(f"{review.outdated} decisions were about other versions of their records and do not count")
     if EXPORT.value:

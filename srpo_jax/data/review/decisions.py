@@ -60,6 +60,7 @@ class Decision:
       time: UTC, ISO 8601.
       images: SHA-256 of the image files that they decided about; () if the record is not kept.
       place: of the decision in the log, from 1.
+      opened: whether they had opened the unsafe reply, where that is kept apart.
     """
 
     reviewer: str
@@ -69,6 +70,7 @@ class Decision:
     time: str
     images: tuple[str, ...]
     place: int
+    opened: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,11 @@ class Outcome:
     edits: Edits
     decisions: tuple[Decision, ...]
     adjudicated: bool
+
+    @property
+    def opened(self) -> bool:
+        """Whether all whose decision this is had opened the unsafe reply that is kept apart."""
+        return all(one.opened for one in (self.decisions[-1:] if self.adjudicated else self.decisions))
 
 
 def outcome(decisions: Sequence[Decision], needed: int, ruling: Decision | None = None) -> Outcome | None:
@@ -181,7 +188,7 @@ def revised(record: Record, edits: Edits) -> Record:
 
 
 def guarded(record: Record, edits: Edits) -> None:
-    """Holds what people write to the rules that agents are held to (`data.builder.guards`).
+    """Holds what people write, or take from a file of its own, to the rules that agents are held to (`builder.guards`).
 
     Raises:
       RecordError: an edited text that they refuse, by field.

@@ -3,6 +3,7 @@
 * records.jsonl: the records that people kept, as they left them, each with `meta.review`; `load_jsonl` reads it.
 * images/: their pictures, byte for byte those that were looked at.
 * audit.jsonl: every decision, undo and refused write in order, then each record's outcome; drafts stay in the log.
+* unsafe_replies.jsonl: where they were kept apart, those that all who kept the record had opened; no other file tells them.
 * summary.json: counts and the reviewers' agreement.
 * README.md: the data card of what was reviewed, where there is one, and what the review did to it.
 """
@@ -13,11 +14,13 @@ import collections
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from srpo_jax.data.apart import APART
 from srpo_jax.data.records import Record
 from srpo_jax.data.review import decisions
 from srpo_jax.data.review.agreement import agreement
@@ -67,11 +70,20 @@ def export(review: Review, folder: str | Path, target: str | Path, card: str | P
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     (partial / "images").mkdir(parents=True)
-    lines = []
+    lines, apart = [], []
     for index, found in kept.items():
-        names = _copy_images(review.records[index], found, partial)
-        lines.append(_line(records[review.records[index].id], names, _told(review.records[index], found), records))
+        before, after = review.records[index], records[review.records[index].id]
+        told = _told(before, found)
+        if before.id in review.apart:
+            edit = told["edits"].pop("unsafe_reply", None)
+            told["unsafe_reply"] = _fate(after, found, edited=edit is not None)
+            if found.opened and after.risky and after.unsafe_reply is not None:
+                apart.append({"id": after.id, "unsafe_reply": after.unsafe_reply, "edit": edit, "review": told})
+            after = dataclasses.replace(after, unsafe_reply=None)
+        lines.append(_line(after, _copy_images(before, found, partial), dict(told), records))
     _write_lines(partial / "records.jsonl", lines)
+    if review.apart:
+        _write_lines(partial / APART, apart, 0o600)
     _write_lines(partial / "audit.jsonl", _audit(review, folder, outcomes))
     summary = _summary(review, outcomes, lines)
     write_json(partial / "summary.json", summary)
@@ -107,6 +119,15 @@ def _told(record: Record, found: Outcome) -> dict[str, Any]:
     return told | ({} if earlier is None else {"earlier": earlier})
 
 
+def _fate(record: Record, found: Outcome, edited: bool) -> str:
+    """What became of an unsafe reply that is kept apart, without its words."""
+    if not found.opened:
+        return "left out: not all who kept the record had opened it"
+    if record.unsafe_reply is None or not record.risky:
+        return "removed"
+    return f"{'edited' if edited else 'kept'}, in {APART}"
+
+
 def _copy_images(record: Record, found: Outcome, target: Path) -> list[str]:
     """Copies what the last of those who kept the record looked at; names in images/, made from the content."""
     reviewed = next(one.images for one in reversed(found.decisions) if one.status.kept)
@@ -130,6 +151,8 @@ def _audit(review: Review, folder: str | Path, outcomes: Mapping[int, Outcome]) 
     for event in events:
         texts = before.get(event.get("record", ""), {})
         event["edits"] = {n: {"before": texts.get(n), "after": a} for n, a in event.get("edits", {}).items()}
+        if event.get("apart"):
+            event["edits"]["unsafe_reply"] = APART  # where it stands, if it was exported; the words are in the log
     return events + [
         {
             "event": "outcome",
@@ -142,6 +165,7 @@ def _audit(review: Review, folder: str | Path, outcomes: Mapping[int, Outcome]) 
 
 
 def _summary(review: Review, outcomes: Mapping[int, Outcome], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    reviews = [line["meta"]["review"] for line in lines]
     differ = [i for i in range(len(review.records)) if i not in outcomes and len(review.decided(i)) > 1]
     return {
         "records": len(review.records),
@@ -151,12 +175,15 @@ def _summary(review: Review, outcomes: Mapping[int, Outcome], lines: list[dict[s
         "waiting_for_an_adjudicator": len(differ),
         "adjudicated": sum(found.adjudicated for found in outcomes.values()),
         "risky": sum(line["risky"] for line in lines),
-        "unlinked_twins": sum("unlinked_twin" in line["meta"]["review"] for line in lines),
+        "unsafe_replies_apart": dict(
+            collections.Counter(told["unsafe_reply"] for told in reviews if "unsafe_reply" in told)
+        ),
+        "unlinked_twins": sum("unlinked_twin" in told for told in reviews),
         "decisions_on_other_versions": review.outdated,
         "agreement": agreement(review),
     }
 
 
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+def _write_lines(path: Path, lines: list[dict[str, Any]], mode: int = 0o644) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)

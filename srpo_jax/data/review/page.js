@@ -210,7 +210,7 @@ function show(next) {
   dirty = false;
   byId("note").value = note;
   byId("place").textContent = `#${view.row.index + 1} · ${plain(view.row.id, 60)}`;
-  byId("record").replaceChildren(...panels(), ...Object.keys(info.labels).filter((name) => name !== "category").map(field));
+  byId("record").replaceChildren(...panels(), ...Object.keys(info.labels).filter((name) => name !== "category").map((name) => (view.hidden.includes(name) ? closed() : field(name))));
   facts();
   buttons();
   mark();
@@ -227,6 +227,18 @@ function field(name) {
   if (name === "unsafe_reply" && view.fields[name] === null) text.placeholder = "none";
   const box = make("section", {class: `field ${name}`, "data-field": name}, make("div", {class: "head"}, make("label", {for: name}, label), make("button", {type: "button", class: "link restore", onclick: () => { delete edits[name]; text.value = view.fields[name] ?? ""; delete problems[name]; mark(); typed(); text.focus(); }}, "restore")), text, make("div", {class: "under"}));
   return box;
+}
+// An unsafe reply that is kept apart is not on the page before somebody opens it, which the server writes down.
+function closed() {
+  const open = async () => {
+    await flush();
+    const answer = await ask(`api/records/${view.row.index}`, {action: "open", edits: {}, note: "", version: view.version, since: seen});
+    if (answer.rows) take(answer);
+    if (answer.status !== 200) { toast(answer.error); return; }
+    show(answer.view);
+    byId("unsafe_reply").focus();
+  };
+  return make("section", {class: "field unsafe_reply"}, make("div", {class: "head"}, make("b", {class: "name"}, info.labels.unsafe_reply)), make("button", {type: "button", id: "open-unsafe", onclick: open}, "It is kept apart. Open it (O): this is written down"));
 }
 function grow(text) {
   if (CSS.supports("field-sizing", "content")) return;
@@ -356,7 +368,7 @@ async function undo() {
 const KEYS = {
   a: () => decide("accept"), r: () => decide("reject"), d: () => decide("disturbing"), s: () => decide("skip"), u: undo,
   j: () => step(1), k: () => step(-1), i: () => reveal(), I: () => reveal(true), t: () => byId("twin")?.click(),
-  e: () => byId("question")?.focus(), n: () => byId("note").focus(), "/": () => byId("search").focus(), "?": () => byId("keys").showModal(),
+  e: () => byId("question")?.focus(), n: () => byId("note").focus(), o: () => byId("open-unsafe")?.click(), "/": () => byId("search").focus(), "?": () => byId("keys").showModal(),
 };
 for (let n = 1; n <= 6; n++) KEYS[n] = () => byId(`steps.${n}`)?.focus();
 document.addEventListener("keydown", (event) => {

@@ -12,7 +12,7 @@ import dataclasses
 import datetime
 import hashlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from srpo_jax.data.review.decisions import Decision, Outcome, Status
 from srpo_jax.files import Store, lock_folder
 
 LOG = "review.jsonl"
-ACTIONS = ("draft", "accept", "reject", "disturbing", "skip", "undo")
+ACTIONS = ("draft", "accept", "reject", "disturbing", "skip", "undo", "open")
 
 
 class ReviewError(ValueError):
@@ -51,6 +51,7 @@ class Slate:
       decision: None while there is none.
       place: of the last write in the log.
       aside: texts that were refused as stale, or were made on another version of the record: {"edits", "note", "time"}.
+      opened: whether they have opened the unsafe reply, where that is kept apart.
     """
 
     role: str = "reviewer"
@@ -61,6 +62,7 @@ class Slate:
     decision: Decision | None = None
     place: int = 0
     aside: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    opened: bool = False
 
     @property
     def label(self) -> str:
@@ -78,9 +80,12 @@ class Review:
       folder: holds the log; made if missing.
       adjudicators: names that decide where two reviewers differ; all other names are reviewers.
       twice: every record takes two reviewers, not only those of `decisions.CONTESTED`; from then on, in this folder.
+      apart: ids of the records whose unsafe reply comes from a file of its own (see `data.apart`). Nobody is shown it before
+        they open it, which the log tells; the folder is then readable to its owner only.
 
     Attributes:
       records: those of `records`.
+      apart: those of `apart`.
       outdated: how many decisions of the log are about other versions of their records, or records that are gone. They do
         not count; their texts are set aside.
 
@@ -90,9 +95,16 @@ class Review:
     """
 
     def __init__(
-        self, records: Sequence[Record], folder: str | Path, *, adjudicators: Sequence[str] = (), twice: bool = False
+        self,
+        records: Sequence[Record],
+        folder: str | Path,
+        *,
+        adjudicators: Sequence[str] = (),
+        twice: bool = False,
+        apart: Collection[str] = (),
     ):
         self.records, self.adjudicators, self._twice = list(records), frozenset(adjudicators), False
+        self.apart = frozenset(apart)
         self._digests = [decisions.digest(record) for record in records]
         self._index = {record.id: index for index, record in enumerate(records)}
         self._slates: dict[int, dict[str, Slate]] = collections.defaultdict(dict)
@@ -100,6 +112,8 @@ class Review:
         self._lock = threading.RLock()
         self.outdated = self.place = 0
         Path(folder).mkdir(parents=True, exist_ok=True)
+        if self.apart:
+            Path(folder).chmod(0o700)  # the log will hold what people make of these replies
         lock_folder(folder)
         self._log = Store.open(folder, LOG)
         for event in self._log.lines:
@@ -113,7 +127,8 @@ class Review:
         Args:
           index: of the record.
           reviewer: whose slate.
-          action: one of `ACTIONS`. "accept" accepts the record with the edits, if there are any.
+          action: one of `ACTIONS`. "accept" accepts the record with the edits, if there are any; "open" opens the unsafe reply
+            that is kept apart, and writes nothing else, so that it needs no version.
           version: of the slate that the writer saw.
           edits: see `decisions.parse_edits`; replace those of the slate.
           note: likewise.
@@ -135,9 +150,13 @@ class Review:
             decisions.storable("note", note)
         except ValueError as error:
             raise ReviewError(str(error)) from None
+        if action == "open":
+            return self._open(index, reviewer)
+        if "unsafe_reply" in parsed and self._hidden(index, reviewer):
+            raise ReviewError("the unsafe reply is kept apart; open it before you change it")
         write: dict[str, Any] = {"edits": parsed, "note": note}
         # Pictures may be large: they are opened before others have to wait.
-        images = self._check(record, parsed) if action == "accept" else ()
+        images = self._check(index, reviewer, parsed) if action == "accept" else ()
         with self._lock:
             slate = self._slate(index, reviewer)
             if version != slate.version:
@@ -152,6 +171,18 @@ class Review:
                 status = {"accept": accepted, "reject": Status.REJECTED, "disturbing": Status.DISTURBING}[action]
                 self._append(index, reviewer, "decision", write | {"status": status, "images": images})
             return slate
+
+    def _open(self, index: int, reviewer: str) -> Slate:
+        if self.records[index].id not in self.apart:
+            raise ReviewError("this record has no unsafe reply that is kept apart")
+        with self._lock:
+            if self._hidden(index, reviewer):
+                self._append(index, reviewer, "opened", {})
+            return self._slate(index, reviewer)
+
+    def _hidden(self, index: int, reviewer: str) -> bool:
+        """Whether the record has an unsafe reply that `reviewer` has not opened."""
+        return self.records[index].id in self.apart and not self._mine(index, reviewer).opened
 
     def _refuse(self, index: int, reviewer: str, action: str, write: dict[str, Any]) -> None:
         """Raises what speaks against the action."""
@@ -174,10 +205,12 @@ class Review:
             names = " and ".join(one.reviewer for one in others)
             raise TakenError(f"{names} decided this record meanwhile; your text is kept as a draft")
 
-    def _check(self, record: Record, edits: Mapping[str, str | None]) -> tuple[str, ...]:
+    def _check(self, index: int, reviewer: str, edits: Mapping[str, str | None]) -> tuple[str, ...]:
         """Digests of the images of a record that is fit to be accepted."""
+        record = self.records[index]
         decisions.revised(record, edits)
-        decisions.guarded(record, edits)
+        opened = record.id in self.apart and not self._hidden(index, reviewer)
+        decisions.guarded(record, ({"unsafe_reply": record.unsafe_reply} if opened else {}) | dict(edits))
         found = []
         for image in record.images:
             try:
@@ -189,6 +222,8 @@ class Review:
 
     def _append(self, index: int, reviewer: str, event: str, write: Mapping[str, Any]) -> None:
         line = {"event": event, "record": self.records[index].id, "digest": self._digests[index], "reviewer": reviewer}
+        if self.records[index].id in self.apart and "unsafe_reply" in write.get("edits", {}):
+            line["apart"] = True  # an export tells of this text in the file of these replies alone
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self._write(line | {"role": self.role(reviewer), "time": time, **write})
 
@@ -214,6 +249,9 @@ class Review:
             if any(text.values()):
                 slate.aside.append(text | {"time": event["time"]})
             return
+        if event["event"] == "opened":
+            slate.opened = True
+            return
         was_open = self._complete(index)
         slate.version, slate.role, slate.place = slate.version + 1, event["role"], self.place
         slate.decision, slate.skipped = None, event["event"] == "skip"
@@ -222,9 +260,8 @@ class Review:
         if event["event"] == "decision":
             status = Status(event["status"])
             edits = slate.edits if status is Status.EDITED else {}
-            slate.decision = Decision(
-                event["reviewer"], status, edits, slate.note, event["time"], tuple(event["images"]), self.place
-            )
+            told = slate.note, event["time"], tuple(event["images"]), self.place, slate.opened
+            slate.decision = Decision(event["reviewer"], status, edits, *told)
         if was_open or self._complete(index):
             self._shown[index] = self.place
 
@@ -286,9 +323,11 @@ class Review:
             others = self.decided(index, but=reviewer) if self._open_to(index, reviewer) else []
             rulings = self.decided(index, role="adjudicator", but=reviewer) if others else []
             told = {name: value for name, value in record.meta.items() if name not in ("findings", "review")}
+            hidden = {"unsafe_reply"} if self._hidden(index, reviewer) else set()
             return {
                 "row": self._row(index, reviewer),
-                "fields": decisions.fields(record),
+                "fields": {n: None if n in hidden else text for n, text in decisions.fields(record).items()},
+                "hidden": [*hidden],
                 "images": len(record.images),
                 "twin": None if record.twin is None else {"id": record.twin, "index": self._index.get(record.twin)},
                 "findings": findings(record),
@@ -299,7 +338,12 @@ class Review:
                 "note": slate.note,
                 "aside": slate.aside,
                 "others": [
-                    {"reviewer": one.reviewer, "status": one.status, "edits": one.edits, "note": one.note}
+                    {
+                        "reviewer": one.reviewer,
+                        "status": one.status,
+                        "edits": _without(one.edits, hidden),
+                        "note": one.note,
+                    }
                     for one in (*others, *rulings)
                 ],
             }
@@ -322,6 +366,10 @@ class Review:
     def close(self) -> None:
         """Closes the log."""
         self._log.__exit__(None, None, None)
+
+
+def _without(edits: Mapping[str, str | None], names: Collection[str]) -> dict[str, str | None]:
+    return {name: text for name, text in edits.items() if name not in names}
 
 
 def findings(record: Record) -> list[dict[str, str]]:

@@ -1,6 +1,7 @@
 """Promises in a real browser: a review by keyboard from the first record to the loaded export; nothing hostile runs, hides or
 breaks out; what is typed survives kill -9 of the server, a stale window and a lost answer; it fits and can be read."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -273,6 +274,46 @@ def test_two_people_in_one_browser_and_an_adjudicator(tmp_path, serve, opened):
         e for e in read_jsonl(tmp_path / "review" / LOG) if e["role"] == "adjudicator" and e["event"] == "decision"
     ]
     assert [(one["status"], one["edits"]) for one in rulings] == [("edited", {"question": "Anna's question?"})]
+
+
+def test_an_unsafe_reply_that_is_kept_apart_is_on_the_page_when_it_was_opened(tmp_path, serve, opened):
+    taken = []
+
+    def take(line):
+        if line["risky"]:
+            taken.append({"id": line["id"], "unsafe_reply": line["unsafe_reply"]})
+            line["unsafe_reply"] = None
+
+    data = write_world(tmp_path / "world", 4, change=take)
+    file = tmp_path / "apart.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in taken))
+    served = serve(data, "--reviewer=anna", unsafe_replies=file)
+    page = opened(served.links["anna"])
+    words = taken[0]["unsafe_reply"]
+    assert page.locator("#unsafe_reply").count() == 0 and words not in page.content()
+    page.fill("#question", "What was typed before?")
+    press(page, "Escape", "o")
+    page.wait_for_selector("#unsafe_reply")
+    assert page.input_value("#unsafe_reply") == words
+    assert page.input_value("#question") == "What was typed before?"
+    assert page.evaluate(TOO_FAINT) == []
+    page.fill("#unsafe_reply", "Another direction.")
+    saved(page)
+    press(page, "Escape", "i", "a")
+    ready(page, 1)
+    assert page.locator("#unsafe_reply").count() == 1  # a harmless record has an empty field, as ever
+    press(page, "j")
+    ready(page, 2)
+    assert page.evaluate(TOO_FAINT) == []  # the button, too
+    if folder := os.environ.get("SRPO_JAX_SCREENSHOTS"):
+        page.screenshot(path=f"{folder}/review_apart.png", full_page=True)
+    served.kill()
+    out = tmp_path / "out"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [*served.process.args[:4], f"--unsafe_replies={file}", f"--export={out}"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
+    [line] = read_jsonl(out / "unsafe_replies.jsonl")
+    assert (line["id"], line["unsafe_reply"]) == (taken[0]["id"], "Another direction.")
 
 
 @pytest.mark.parametrize("width", [400, 900, 1440])
