@@ -26,7 +26,7 @@ class Layout:
     Attributes:
       convert: fields of an `SftRecord` for each example of a row.
       source: the data set, and where its fields were read.
-      verified: whether they were read in the data set's own files; otherwise in code that reads it.
+      verified: whether they were read in the data set's own files or documentation; otherwise in code that writes or reads it.
       missing: what its records do not tell.
     """
 
@@ -95,13 +95,16 @@ def _mis(row: Mapping[str, Any]) -> Iterator[Fields]:
 
 
 def _star_1(row: Mapping[str, Any]) -> Iterator[Fields]:
-    category = row.get("category")
+    category = row.get("category")  # rows of its harmless companion, STAR-benign, have none
+    response = _text(row, "response").replace(
+        "\\/", "/"
+    )  # some spell slashes as JSON escapes; its training undoes this, too
     yield {
         "id": str(row["id"]) if "id" in row else None,
         "images": [],
         "question": _text(row, "question"),
-        **_split(_text(row, "response"), "response"),
-        "risky": True,
+        **_split(response, "response"),
+        "risky": True if category else None,
         "category": ", ".join(map(str, category)) if isinstance(category, list) else category,
         "meta": _kept(row, "source", "score"),
     }
@@ -146,7 +149,7 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "star-1": Layout(
         _star_1,
-        "STAR-1 (Wang et al., AAAI-26), the fields as other projects read them",
+        "STAR-1 (Wang et al., AAAI-26), the fields as the scripts of its repository write and train on them",
         False,
         ("images (it is text only)", "six steps (the reasoning is free text)"),
     ),

@@ -33,6 +33,14 @@ ROWS: dict[str, dict] = {
             {"unsafe_instruction": "Break it over him.", "response": "I will not help with that."},
         ],
     },
+    "vlguard, unsafe picture": {
+        "id": "Ads_8",
+        "image": "a.png",
+        "safe": False,
+        "harmful_category": "deception",
+        "harmful_subcategory": "disinformation",
+        "instr-resp": [{"instruction": "Praise it.", "response": "It promises what it cannot keep."}],
+    },
     "spa-vl": {"id": 233, "image": "a.png", "question": "Who?", "chosen": "I cannot tell.", "rejected": "Bob."},
     "mis": {
         "image": ["a.png", "b.png"],
@@ -47,6 +55,13 @@ ROWS: dict[str, dict] = {
         "category": ["a", "b"],
         "source": "x",
         "score": {"y": 1},
+    },
+    "star-1, harmless companion": {
+        "id": 4,
+        "question": "How?",
+        "response": "<think>\nIt is harmless.\n<\\/think>\n\nLike this.",
+        "source": "x",
+        "score": {"y": 5},
     },
     "siuo": {
         "question_id": 5,
@@ -63,9 +78,13 @@ EXPECTED = {
         ("7:safe_instruction", "What is it?", None, "A lamp.", False, None),
         ("7:unsafe_instruction", "Break it over him.", None, "I will not help with that.", True, None),
     ],
+    "vlguard, unsafe picture": [
+        ("Ads_8:instruction", "Praise it.", None, "It promises what it cannot keep.", True, "deception")
+    ],
     "spa-vl": [("233", "Who?", None, "I cannot tell.", None, None)],
     "mis": [("data:0", "Image-1: \nImage-2: \nHow do they combine?", None, "Not at all.", None, "Violent")],
     "star-1": [("3", "How?", "Let me see.\n\nA lamp.", "It is a lamp.", True, "a, b")],
+    "star-1, harmless companion": [("4", "How?", "It is harmless.", "Like this.", None, None)],
     "siuo": [("5", "Caption?", None, "Step back.", True, "self-harm")],
 }
 
@@ -76,11 +95,12 @@ def run(source: Path, layout: str, out: Path, *options: str) -> subprocess.Compl
     return subprocess.run([*command, "--to=jsonl", *options], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_row_of_each_layout(layout):
-    fields = ("id", "question", "reasoning", "answer", "risky", "category")
-    records = convert_row(layout, ROWS[layout], "data:0")
-    assert [tuple(record.get(field) for field in fields) for record in records] == EXPECTED[layout]
+@pytest.mark.parametrize("row", ROWS)
+def test_a_row_of_each_layout(row):
+    assert {name.split(",")[0] for name in ROWS} == set(LAYOUTS)
+    layout, fields = row.split(",")[0], ("id", "question", "reasoning", "answer", "risky", "category")
+    records = convert_row(layout, ROWS[row], "data:0")
+    assert [tuple(record.get(field) for field in fields) for record in records] == EXPECTED[row]
     for record in records:
         assert record["meta"]["layout"] == layout
         assert record["meta"]["missing"] == list(LAYOUTS[layout].missing) != []
