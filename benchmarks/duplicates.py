@@ -52,7 +52,7 @@ def texts_of(n):
     rng = random.Random(0)
     words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 9))) for _ in range(3000)]
     weights = [*itertools.accumulate(1 / (rank + 10) for rank in range(len(words)))]
-    texts = []
+    texts: list[str] = []
     for place in range(n):
         if place % 10 == 9:
             told = texts[rng.randrange(place)].split()
@@ -77,8 +77,7 @@ def copies(hashes):
 
 
 def repeats(texts):
-    index = TextIndex(texts, ALIKE)
-    return repeated(lambda i: index.near(texts[i]), range(len(texts)))
+    return repeated(TextIndex(texts, ALIKE).near_own, range(len(texts)))
 
 
 def all_pairs(hashes, texts):

@@ -71,10 +71,11 @@ class ImageIndex:
             self._weights[bits, block] = 1 << np.arange(len(bits))
         keys = np.concatenate([self._keys(hashes[i : i + CHUNK]) for i in range(0, n, CHUNK)])
         self._places = np.empty((len(looked), n), np.int32)
-        starts, offsets, masks = [], [], []
+        starts: list[np.ndarray] = []
+        offsets, masks = [], []
         for block, (bits, r) in enumerate(looked):
             self._places[block] = np.argsort(keys[:, block], kind="stable")
-            offsets.append(sum(map(len, starts)))
+            offsets.append(sum(len(one) for one in starts))
             ends = np.cumsum(np.bincount(keys[:, block], minlength=1 << len(bits)))
             starts.append(block * n + np.concatenate([[0], ends]))
             every = np.arange(1 << len(bits))
@@ -169,7 +170,13 @@ class TextIndex:
 
     def near(self, text: str) -> Iterator[int]:
         """Places of the texts like `text`, each once, as they are found."""
-        text = default_process(text)
+        return self._near(default_process(text))
+
+    def near_own(self, place: int) -> Iterator[int]:
+        """Places of the texts like the one at `place`, which is among them."""
+        return self._near(self._texts[place])
+
+    def _near(self, text: str) -> Iterator[int]:
         seen, waiting = set[int](), list[int]()
         for places in self._candidates(text):
             for start in range(0, len(places), BATCH):

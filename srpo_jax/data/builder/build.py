@@ -278,13 +278,9 @@ def _repeats(candidates: Sequence[Candidate], config: BuildConfig, given: int) -
     gone: dict[int, int] = {}
     for places in parts.values():
         texts = [candidates[place].values["question"] for place in places]
-        index = TextIndex(texts, config.similarity)
-        found = repeated(
-            lambda i, index=index, texts=texts: index.near(texts[i]),
-            [candidates[place].picture.group for place in places],
-            config.repeats,
-            bisect.bisect_left(places, given),
-        )
+        groups = [candidates[place].picture.group for place in places]
+        stay = bisect.bisect_left(places, given)
+        found = repeated(TextIndex(texts, config.similarity).near_own, groups, config.repeats, stay)
         gone |= {places[i]: places[first] for i, first in found.items()}
     return gone
 

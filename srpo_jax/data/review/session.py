@@ -221,7 +221,12 @@ class Review:
         return tuple(found)
 
     def _append(self, index: int, reviewer: str, event: str, write: Mapping[str, Any]) -> None:
-        line = {"event": event, "record": self.records[index].id, "digest": self._digests[index], "reviewer": reviewer}
+        line: dict[str, Any] = {
+            "event": event,
+            "record": self.records[index].id,
+            "digest": self._digests[index],
+            "reviewer": reviewer,
+        }
         if self.records[index].id in self.apart and "unsafe_reply" in write.get("edits", {}):
             line["apart"] = True  # an export tells of this text in the file of these replies alone
         time = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
