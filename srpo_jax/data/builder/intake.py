@@ -159,21 +159,13 @@ def take_in(
       ValueError: no picture in the folder, or a manifest's line about a picture that is not there.
     """
     root = Path(folder)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    names = [str(p.relative_to(root)) for p in files]
-    if not files:
-        raise ValueError(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))})")
-    if lost := sorted(manifest.keys() - set(names)):
-        raise ValueError(
-            f"the manifest tells of {lost[0]!r}, which is not in {root}"
-            + f" (and {len(lost) - 1} more)" * (len(lost) > 1)
-        )
+    files = _pictures_in(root, manifest)
     (output / IMAGES).mkdir(parents=True, exist_ok=True)
     aside: list[SetAside] = []
     taken: list[Picture] = []
     with Store.open(output / "work", "pictures.jsonl") as store:
         known = {line["key"]: line for line in store.lines}
-        for name, file in zip(names, files, strict=True):
+        for name, file in files.items():
             told = {"licence": config.licence, "source": config.source, **manifest.get(name, {})}
             if missing := [field for field in ("licence", "source") if not told[field].strip()]:
                 what = f"its {missing[0]} is not known; give it in the manifest, or one for all"
@@ -191,26 +183,37 @@ def take_in(
                     store.append(line)
             if "reason" in line:
                 aside.append(SetAside(name, name, "intake", line["kind"], line["reason"]))
-                continue
-            if line["stored_sha256"] in config.removed:
+            elif line["stored_sha256"] in config.removed:
                 aside.append(SetAside(line["id"], name, "intake", "removed", "it was taken out on request"))
-                continue
-            own = {field: line[field] for field in ("id", "stored", "stored_sha256", "hash")}
-            findings = tuple(Finding(**finding) for finding in line["findings"])
-            description = told.get("description") or None
-            taken.append(
-                Picture(
-                    name=name,
-                    sha256=sha256,
-                    source=told["source"],
-                    licence=told["licence"],
-                    description=description,
-                    findings=findings,
-                    **own,
-                )
-            )
+            else:
+                taken.append(_picture(name, sha256, told, line))
     kept, copies = _first_of_copies(taken, config.duplicate_bits)
     return _grouped(kept, config.related_bits), aside + copies
+
+
+def _pictures_in(root: Path, manifest: Mapping[str, Any]) -> dict[str, Path]:
+    """Name → file of the pictures of a folder, in order; all that the manifest tells of are among them."""
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise ValueError(f"{root}: no pictures ({', '.join(sorted(SUFFIXES))})")
+    named = {str(p.relative_to(root)): p for p in files}
+    if lost := sorted(manifest.keys() - named.keys()):
+        more = f" (and {len(lost) - 1} more)" * (len(lost) > 1)
+        raise ValueError(f"the manifest tells of {lost[0]!r}, which is not in {root}{more}")
+    return named
+
+
+def _picture(name: str, sha256: str, told: Mapping[str, str], line: Mapping[str, Any]) -> Picture:
+    """A picture from what the manifest tells of its file and what was found when it was looked at."""
+    return Picture(
+        name=name,
+        sha256=sha256,
+        source=told["source"],
+        licence=told["licence"],
+        description=told.get("description") or None,
+        findings=tuple(Finding(**finding) for finding in line["findings"]),
+        **{field: line[field] for field in ("id", "stored", "stored_sha256", "hash")},
+    )
 
 
 def _look(file: Path, output: Path, hook: Hook | None, faces: Faces | None) -> dict[str, Any]:

@@ -3,7 +3,6 @@ breaks out; what is typed survives kill -9 of the server, a stale window and a l
 
 import json
 import os
-import shutil
 import subprocess
 
 import pytest
@@ -16,10 +15,6 @@ from tests.data.review.test_server import ROOT, Person, Served
 from tests.evaluation.report.test_browser import TOO_FAINT
 
 pytestmark = pytest.mark.slow
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage"
-)
 HOSTILE = (
     "</textarea><script>window.hit = 1</script>",
     '"><img src=x onerror="window.hit = 2">',
@@ -28,19 +23,6 @@ HOSTILE = (
     "x" * 300_000,
     "العربية then latin \U000e0041\U000e0042",
 )
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test-all]'")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=path, args=FLAGS.split())
-        yield made
-        made.close()
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import threading
 
 import pytest
@@ -16,11 +15,6 @@ from srpo_jax.evaluation.results import read_results
 from srpo_jax.files import write_json
 
 pytestmark = pytest.mark.slow
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
-
 TOO_FAINT = """() => {
   const luminance = (c) => {
     const [r, g, b] = c.match(/[\\d.]+/g).slice(0, 3).map((x) => x / 255)
@@ -40,19 +34,6 @@ TOO_FAINT = """() => {
     .filter((e) => e.innerText.trim() && ratio(e) < 4.5).map((e) => [ratio(e), e.className, e.innerText.slice(0, 30)]);
 }"""
 """Texts whose contrast is below 4.5, the least that WCAG 2 asks of normal text."""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e '.[test-all]'")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next((found for name in names if (found := shutil.which(name))), None)
-    if path is None:
-        pytest.skip(f"no browser: none of {', '.join(names)} is on the PATH")
-    with playwright.sync_playwright() as driver:
-        made = driver.chromium.launch(executable_path=path, args=FLAGS.split())
-        yield made
-        made.close()
 
 
 @pytest.fixture
