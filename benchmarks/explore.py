@@ -12,7 +12,7 @@ Arms, on the same weights (random, the embedded policy's sizes) and pictures, at
 
 A random subset of the vocabulary ends a turn, so lengths are geometric (mean `branch` * 0.4, cut at `branch`). The engine and
 `apart` must draw the same tokens, and torch must give the same logits, before anything is timed. Prints one JSON object; times
-are medians of interleaved repetitions after a first, untimed one.
+are medians of interleaved repetitions after a first, untimed one; `paged` keeps threads running and comes last.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ def requests_of(trunks) -> list[Request]:
 def engine_arm(policy: Policy, requests: list[Request], how: SampleConfig):
     longest, most = int(requests[0].limits[-1]), requests[0].trunk.patches
     branches = STEPS * FLAGS.k
-    pack = prefill_shape(2, longest, most, policy.config.vision)
+    pack = prefill_shape(1, longest, most, policy.config.vision)
     shape = EngineShape(FLAGS.together, FLAGS.width, branches, STEPS, pack)
 
     def run() -> list[engine.Samples]:
@@ -230,6 +230,26 @@ def seconds(run) -> float:
     return time.perf_counter() - before
 
 
+def time_paged(model, how: SampleConfig, report: dict[str, Any]) -> dict[str, list[float]]:
+    """Times of continuous batching; none where this machine cannot run it, with the reason in the report."""
+    paged = paged_arm(model, how, FLAGS.torch_trees)
+    try:
+        paged()
+        return repeat({"paged": paged})
+    except Exception as error:  # whatever a machine lacks
+        report["paged"] = f"{type(error).__name__}: {error}"[:300]
+        return {}
+
+
+def repeat(arms) -> dict[str, list[float]]:
+    """Times of the arms, one after the other, again and again."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(FLAGS.repeats):
+        for name, run in arms.items():
+            times[name].append(seconds(run))
+    return times
+
+
 def main(_):
     if FLAGS.torch_trees and FLAGS.dtype != "float32":
         raise app.UsageError(f"--dtype={FLAGS.dtype}: the arms in torch run in float32; add --torch_trees=0")
@@ -243,15 +263,15 @@ def main(_):
     arms = {"engine": engine_arm(policy, requests, how), "apart": apart_arm(policy, requests, how)}
     samples = arms["engine"]()
     report: dict[str, Any] = {"check": check_same(samples, arms["apart"]())}
-    counts = dict.fromkeys(arms, FLAGS.trees)
+    counts = dict.fromkeys(arms, FLAGS.trees) | dict.fromkeys(("torch", "paged"), FLAGS.torch_trees)
     report["mean_length"] = float(np.mean(np.concatenate([s.lengths for s in samples])))
     if FLAGS.torch_trees:
-        arms |= torch_arms(policy, requests, pictures, how, report)
-        counts |= {name: FLAGS.torch_trees for name in arms if name not in counts}
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(FLAGS.repeats):
-        for name, run in arms.items():
-            times[name].append(seconds(run))
+        model = checked_torch_model(policy, requests, pictures, report)
+        arms["torch"] = torch_arm(policy, model, requests, pictures, how)
+        arms["torch"]()
+    times = repeat(arms)
+    if FLAGS.torch_trees:  # at the end: the threads of continuous batching never rest
+        times |= time_paged(model, how, report)
     each = STEPS * FLAGS.k
     rates = {name: counts[name] * each / statistics.median(t) for name, t in times.items()}
     report["branches_per_second"] = {name: rates.get(name) for name in ("engine", "apart", "torch", "paged")}
@@ -267,8 +287,8 @@ def main(_):
     print(json.dumps(report, indent=1))
 
 
-def torch_arms(policy: Policy, requests, pictures, how: SampleConfig, report) -> dict:
-    """Arms in torch, after a check of the logits; `report` tells what could not run."""
+def checked_torch_model(policy: Policy, requests, pictures, report: dict[str, Any]):
+    """The policy in torch, after a check of its logits, whose largest difference goes into the report."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -279,15 +299,7 @@ def torch_arms(policy: Policy, requests, pictures, how: SampleConfig, report) ->
     ours = forward(policy, policy.params, batch_inputs([requests[0].trunk.prefix(limit)], limit))[0, -1]
     report["check"]["logits"] = float(np.abs(np.asarray(ours) - theirs).max())
     assert report["check"]["logits"] < 1e-3, "torch computes another model"
-    arms = {"torch": torch_arm(policy, model, requests, pictures, how)}
-    try:
-        paged = paged_arm(model, how, FLAGS.torch_trees)
-        paged()
-        arms["paged"] = paged
-    except Exception as error:  # whatever a machine lacks: it is the reason that stands in the report
-        report["paged"] = f"{type(error).__name__}: {error}"[:300]
-    arms["torch"]()
-    return arms
+    return model
 
 
 if __name__ == "__main__":

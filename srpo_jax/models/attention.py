@@ -60,8 +60,9 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arr
         q, mask = part
         grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
         scores = scaled_scores("bqkgd,bskd->bkgqs", grouped, k, mask[:, None, None])
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        return jnp.einsum("bkgqs,bskd->bqkgd", weights, v).reshape(q.shape)
+        [weights], total = joint_weights(scores, to="bkgq->bqkg")
+        out = weighted_values("bkgqs,bskd->bqkgd", weights.astype(v.dtype), v)
+        return (out / total).astype(q.dtype).reshape(q.shape)
 
     return _in_chunks(some, (q, mask), 4 * q.shape[0] * q.shape[2] * k.shape[1])
 
@@ -111,8 +112,8 @@ def tree_attention(rows: Rows, backend: str = "auto") -> Callable[[jax.Array, ja
 def attend_tree(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> jax.Array:
     """Attention of packed trees in XLA: for each row one softmax over its trunk's keys and its own, several rows at a time.
 
-    The two parts share one normaliser that is computed here, so gradients flow through it (merging two finished attentions by
-    their log-sum-exp would lose them).
+    The two parts share one normaliser through which gradients flow (merging two finished attentions by their log-sum-exp would
+    lose them).
 
     Args:
       q: float[G, N, R, H, D].
@@ -157,18 +158,29 @@ def _attend_rows(q: jax.Array, own: KeyValues, trunk: KeyValues, limits: jax.Arr
     products = "gnqkhd,gnskd->gnkhqs"
     on_own = scaled_scores(products, grouped, own_k, same[:, :, None, None])
     on_trunk = scaled_scores(products, grouped, trunk_k, seen[:, :, None, None])
-    on_own, on_trunk = joint_softmax(on_own, on_trunk)
+    (on_own, on_trunk), total = joint_weights(on_own, on_trunk, to="gnkhq->gnqkh")
     out = weighted_values("gnkhqs,gnskd->gnqkhd", on_own.astype(own_v.dtype), own_v)
     out += weighted_values("gnkhqs,gnskd->gnqkhd", on_trunk.astype(trunk_v.dtype), trunk_v)
-    return out.astype(q.dtype).reshape(q.shape)
+    return (out / total).astype(q.dtype).reshape(q.shape)
 
 
-def joint_softmax(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Softmax over the last axes of `a` and `b` together."""
-    peak = jax.lax.stop_gradient(jnp.maximum(a.max(-1, keepdims=True), b.max(-1, keepdims=True)))
-    a, b = jnp.exp(a - peak), jnp.exp(b - peak)
-    total = a.sum(-1, keepdims=True) + b.sum(-1, keepdims=True)
-    return a / total, b / total
+def joint_weights(*scores: jax.Array, to: str) -> tuple[list[jax.Array], jax.Array]:
+    """Softmax over the last axes of all `scores` together, before it is normalised.
+
+    Dividing the means of values by the total, instead of each weight, spares forward and backward pass their way through
+    arrays as large as the scores.
+
+    Args:
+      scores: float[..., S] each.
+      to: the order of axes of the means of values, such as "bkgq->bqkg".
+
+    Returns:
+      Weights in [0, 1], one array of them for each of scores, and their total in that order, with a last axis of 1.
+    """
+    peak = functools.reduce(jnp.maximum, [x.max(-1, keepdims=True) for x in scores])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(peak)) for x in scores]
+    total = functools.reduce(jnp.add, [x.sum(-1) for x in weights])
+    return weights, jnp.einsum(to, total)[..., None]
 
 
 def weighted_values(products: str, weights: jax.Array, v: jax.Array) -> jax.Array:

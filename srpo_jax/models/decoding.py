@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from srpo_jax.models.attention import joint_softmax, scaled_scores, weighted_values
+from srpo_jax.models.attention import joint_weights, scaled_scores, weighted_values
 from srpo_jax.models.quantize import round_to_int8
 
 
@@ -82,10 +82,10 @@ def attend_decode(q: jax.Array, trunk: KVCache, own: KVCache, limits: jax.Array,
     on_trunk = _cached_scores("bmkgd,bkds->bkmgs", grouped, trunk, seen[:, None, :, None])
     # Products in the cache's own order of axes: the scores are turned around, which are small, not the keys.
     on_own = jnp.swapaxes(_cached_scores("bmkgd,bmkds->bmkgs", grouped, own, written[:, :, None, None]), 1, 2)
-    on_trunk, on_own = joint_softmax(on_trunk, on_own)
+    (on_trunk, on_own), total = joint_weights(on_trunk, on_own, to="bkmg->bmkg")
     out = _cached_values("bkmgs,bksd->bmkgd", on_trunk, trunk, q.dtype)
     out += _cached_values("bmkgs,bmksd->bmkgd", jnp.swapaxes(on_own, 1, 2), own, q.dtype)
-    return out.astype(q.dtype).reshape(b, m, heads, size)
+    return (out / total).astype(q.dtype).reshape(b, m, heads, size)
 
 
 def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array) -> jax.Array:
@@ -97,7 +97,7 @@ def _cached_scores(products: str, q: jax.Array, cache: KVCache, mask: jax.Array)
 
 
 def _cached_values(products: str, weights: jax.Array, cache: KVCache, dtype: jnp.dtype) -> jax.Array:
-    """Mean of cached values under `weights`, in their dtype; the values' scales are applied to the weights."""
+    """Sum of cached values under `weights`; the values' scales are applied to the weights."""
     if cache.value_scales is None:
         return weighted_values(products, weights.astype(dtype), cache.values)
     weights = weights * _per_head(cache.value_scales)
