@@ -142,7 +142,7 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
         "pack": {"extras": loss.extras(), "learns": loss.learns()},
     }
     if config.rounds == 0:
-        given["pack"] = _trunks_alone(config.pack.trunk)
+        given["pack"] = {"extras": loss.extras(), **_trunks_alone(config.pack.trunk)}
     parts: dict[str, Any] = {
         name: _section(config[name], f"config.{name}", cls, **given.get(name, {})) for name, cls in SECTIONS.items()
     }
@@ -154,7 +154,14 @@ def run_config(config: ml_collections.ConfigDict) -> RunConfig:
     _check_data(config.data, run)
     if run.rounds:
         _check_shapes(run)
-    return run
+    return dataclasses.replace(run, pack=_with_masked_rows(run.pack))
+
+
+def _with_masked_rows(pack: PackConfig) -> PackConfig:
+    """With room for paths that are read once more without their prompts, where an objective asks for that."""
+    if "key_slots" not in pack.extras:
+        return pack
+    return dataclasses.replace(pack, rows=tuple(sorted({r + -(-p // pack.row) for r in pack.rows for p in pack.path})))
 
 
 def _trunks_alone(ladder: Sequence[int]) -> dict[str, Any]:
@@ -223,6 +230,12 @@ def _check_data(data: ml_collections.ConfigDict, run: RunConfig) -> None:
         )
     if data.schema == "sft" and run.style != "long":
         raise ConfigError(f"config.style={run.style!r} is made of six steps, which records of schema 'sft' do not have")
+    steps = 0 if data.schema == "sft" else len(STYLES[run.style].titles)
+    if "key_slots" in run.pack.extras and run.pack.key_step > steps:
+        raise ConfigError(
+            f"config.pack.key_step={run.pack.key_step}: paths of style {run.style!r} and schema {data.schema!r} have {steps} "
+            "steps, so there would be no key sentence; name another step, or give config.loss.weights.key_sentence no weight"
+        )
     if data.name == "scenes" and (data.lazy or data.max_broken or data.schema != "ssui"):
         raise ConfigError("config.data: lazy, max_broken and schema are for data that is read from files")
     if run.batch.workers and not (data.lazy and run.rounds == 0):

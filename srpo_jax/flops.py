@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from srpo_jax.models.config import ModelConfig, VisionConfig
-from srpo_jax.trees import ReasoningTree
+from srpo_jax.trees import PackConfig, ReasoningTree, masked_key, masked_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,8 @@ class TreeSize:
       patches: vision patches of all images, without padding.
       window_pairs: pairs of patches within a window, summed over windows.
       image_pairs: pairs of patches within an image, summed over images.
+      masked: tokens of the path that are read once more without the prompt.
+      key: those whose log-probs are wanted of that reading, the last of which is predicted alone.
     """
 
     trunk: int
@@ -74,10 +76,13 @@ class TreeSize:
     patches: int = 0
     window_pairs: int = 0
     image_pairs: int = 0
+    masked: int = 0
+    key: int = 0
 
     @staticmethod
-    def of(tree: ReasoningTree, vision: VisionConfig) -> TreeSize:
-        """The size of a real tree; images whose features are known take no patches."""
+    def of(tree: ReasoningTree, vision: VisionConfig, pack: PackConfig | None = None) -> TreeSize:
+        """The size of a real tree, for an update that packs like that; images whose features are known take no patches."""
+        begin, end = (masked_key(tree.trunk, pack) if pack else None) or (0, 0)
         ends, encoded = tree.trunk.ends, tree.trunk.encoded
         images = np.zeros(0, int)
         if encoded.vision is not None and encoded.features is None:
@@ -90,6 +95,8 @@ class TreeSize:
             patches=int(windows.sum()),
             window_pairs=int((windows**2).sum()),
             image_pairs=int((np.bincount(images, minlength=1)[1:] ** 2).sum()),
+            masked=masked_tokens(tree.trunk, pack) if pack else 0,
+            key=end - begin,
         )
 
     def with_image(self, tokens: int, vision: VisionConfig) -> TreeSize:
@@ -177,8 +184,9 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, Any], tree: TreeSize
     """
     vision = config.vision
     size = matrices(shapes)
-    read = tree.trunk + sum(n - 1 for _, n in tree.branches)
-    pairs = tree.trunk * (tree.trunk + 1) // 2 + sum((n - 1) * seen + n * (n - 1) // 2 for seen, n in tree.branches)
+    read = tree.trunk + sum(n - 1 for _, n in tree.branches) + tree.masked
+    pairs = sum(n * (n + 1) // 2 for n in (tree.trunk, tree.masked))
+    pairs += sum((n - 1) * seen + n * (n - 1) // 2 for seen, n in tree.branches)
     full = len([i for i in vision.fullatt_block_indexes if i < vision.depth])
     vision_pairs = full * tree.image_pairs + (vision.depth - full) * tree.window_pairs
     return Flops(
@@ -186,7 +194,7 @@ def forward_flops(config: ModelConfig, shapes: Mapping[str, Any], tree: TreeSize
         attention=attention_flops(config, pairs),
         vision=2 * (size.patch * tree.patches + size.feature * tree.patches / vision.merge_unit)
         + 4 * vision.hidden_size * vision_pairs,
-        head=2 * size.head * (tree.path + sum(n for _, n in tree.branches)),
+        head=2 * size.head * (tree.path + sum(n for _, n in tree.branches) + tree.key),
     )
 
 

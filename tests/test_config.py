@@ -99,6 +99,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         ("pack.row", 200, r"config\.pack\.row ends at 200.*can need 255"),
         ("pack.rows", (4, 20), r"config\.pack\.rows ends at 20.*can need 40"),
         ("pack.trunk", (256,), r"config\.pack\.trunk ends at 256, config\.explore\.trunk at 4096"),
+        ("pack.key_step", 1, r"config\.pack: key_step=1: .*one has to come before it"),
         ("pack.patches", (128, 64), r"config\.pack: patches=\(128, 64\).*ascending"),
         ("loss.srpo.lambda_", -0.1, r"config\.loss: srpo: lambda_=-0\.1: it must be at least 0"),
         ("loss.srpo.reference", "pth", r"config\.loss: srpo: reference='pth': use 'path' or 'favourable'"),
@@ -144,8 +145,29 @@ def test_objectives_say_what_their_batches_carry():
     assert configs.run_config(config).pack.extras == ()
     config.loss.weights.update(srpo=0.5, step_dpo=1.0)
     assert configs.run_config(config).pack.extras == ("reference", "step_lengths")
+    config.loss.weights.update(step_dpo=0.0, key_sentence=0.2)
+    assert configs.run_config(config).pack.extras == ("key_lengths", "key_slots")
+    config.loss.weights.update(step_dpo=1.0, key_sentence=0.0)
     config.pack.update(substitutes=True, branches=(30,), rows=(30,))
     with pytest.raises(configs.ConfigError, match=r"substitutes have no reference log-probs"):
+        configs.run_config(config)
+
+
+def test_a_path_that_is_read_again_without_its_prompt_has_rows_of_its_own():
+    """Room for the longest path beside the largest tree, whatever the style of paths; a style without the step is refused."""
+    config = configs.default_config()
+    plain = configs.run_config(config).pack
+    config.loss.weights.key_sentence = 0.2
+    pack = configs.run_config(config).pack
+    assert pack.rows[-1] * pack.row == plain.rows[-1] * plain.row + pack.path[-1] and pack.rows[0] == plain.rows[0] + 1
+    config.update(rounds=0, style="template")
+    config.pack.key_step = 3
+    pack = configs.run_config(config).pack
+    assert pack.rows[-1] * pack.row >= pack.trunk[-1] + pack.path[-1]
+    config.style = "short"
+    with pytest.raises(
+        configs.ConfigError, match=r"config\.pack\.key_step=3: .*'short'.* have 1 steps.*name another step"
+    ):
         configs.run_config(config)
 
 

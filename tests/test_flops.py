@@ -122,6 +122,18 @@ def test_the_forward_pass_multiplies_what_the_formula_says(config):
     assert executed(config, one, work).total == traced(config, one, set(), remat=False, grad=False)
 
 
+def test_a_path_that_is_read_again_is_counted_as_a_trunk_of_its_own():
+    """The path up to the key step, whose last token is predicted and not read."""
+    one, pack = tree(), PackConfig((40,), (40,), (12,), 8, (8,), (9,), extras=("key_lengths", "key_slots"), key_step=2)
+    size, plain = TreeSize.of(one, VISION, pack), TreeSize.of(one, VISION)
+    begin, end = one.trunk.step(2)
+    alone = TreeSize(end - 1 - one.trunk.ends[0], end - begin)
+    of = functools.partial(flops.forward_flops, UNTIED, shapes_of(UNTIED))
+    assert of(size) == of(plain) + of(alone)
+    read = [pack_trees([one], p)[1]["tokens"] for p in (pack, dataclasses.replace(pack, extras=()))]
+    assert read[0] - read[1] == alone.trunk
+
+
 def selection(config: ModelConfig, kind: str) -> set[str]:
     paths = set(shapes_of(config))
     return {

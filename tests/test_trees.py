@@ -248,3 +248,33 @@ def test_trunks_are_checked_before_exploration_by_record():
     check([trunk], tight, k=4, max_tokens=10)
     batch, _ = trees.pack_trees([ReasoningTree(trunk, tuple(worst))], tight)
     assert batch.lengths[0].tolist() == [10] * 12 + [14, 12, 10]
+
+
+@settings(deadline=None)
+@given(branch_lists, st.integers(2, 4))
+def test_the_path_to_the_key_step_is_packed_again_and_sees_nothing_of_the_prompt(branches, step):
+    """In rows of its own behind the tree's, which stay as they are; a path without the step has none."""
+    tree = ReasoningTree(make_trunk(), tuple(branches))
+    config = dataclasses.replace(CONFIG, row=9 if branches else 3, extras=("key_lengths", "key_slots"), key_step=step)
+    (batch, counters), (plain, _) = (
+        trees.pack_trees([tree], c) for c in (config, dataclasses.replace(config, extras=()))
+    )
+    rows, mine = trees.Rows(*(x[0] for x in batch.rows)), plain.rows.tokens.shape[1]
+    for ours, theirs in zip(rows, plain.rows, strict=True):
+        if ours is not rows.context:
+            np.testing.assert_array_equal(np.moveaxis(ours, -2, 0)[:mine], np.moveaxis(theirs[0], -2, 0))
+    begin, end = tree.trunk.step(step) or (0, 0)
+    read = slice(ENDS[0], max(end - 1, ENDS[0]))
+    valid = rows.segments[mine:] >= 0
+    assert rows.tokens[mine:][valid].tolist() == tree.trunk.encoded.tokens[read].tolist()
+    assert rows.positions[0, mine:][valid].tolist() == tree.trunk.encoded.positions[0, read].tolist()
+    for r in range(mine, len(rows.tokens)):
+        assert set(rows.limits[r][valid[r - mine]]) == {(r - mine) * config.row}  # of rows that hold nothing else:
+        assert rows.context[r].tolist() == [min(mine + w, len(rows.tokens) - 1) for w in range(rows.context.shape[1])]
+    slot, length = batch.key_slots[0], batch.key_lengths[0]
+    assert length == end - begin and counters["tokens"] == (batch.rows.segments >= 0).sum()
+    scored = slice(slot, slot + length)
+    assert batch.targets[0, scored].tolist() == tree.trunk.encoded.tokens[begin:end].tolist()
+    before = rows.tokens.reshape(-1)[batch.predictors[0, scored]] if length else []
+    assert list(before) == tree.trunk.encoded.tokens[begin - 1 : end - 1].tolist()[:length]
+    assert ((batch.predictors[0, scored] >= mine * config.row) | (length == 0)).all()

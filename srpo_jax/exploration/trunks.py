@@ -62,4 +62,4 @@ def _trunk(record: Record | SftRecord, segments: Sequence[str], processor: Proce
             f"record {record.id!r}: prompt, path and reply take {len(encoded.tokens)} tokens, the model's context is "
             f"{context}; shorten the record or lower max_image_tokens"
         )
-    return Trunk(record.id, encoded, tuple(ends))
+    return Trunk(record.id, encoded, tuple(ends), risky=record.risky)

@@ -1,8 +1,9 @@
 """SafeKey's two auxiliary losses (arXiv 2505.16186), to be added to a language-model loss with weights of 0.2.
 
-The key sentence is the first one of a path that tells what the model makes of the request. One loss has it follow from
-the model's own understanding, with the query hidden; the other asks hidden states whether the request is safe. Both are
-functions of what a model gives: log-probs of a forward pass in which the query is masked, and logits of two heads.
+A path opens with the model's understanding of the request; the key sentence follows it and shows whether the model will
+go on safely. One loss has the key sentence follow from the understanding alone, with the query hidden; the other asks hidden
+states whether the request is safe. Both are functions of what a model gives: log-probs of a forward pass in which the query
+is masked, and logits of two heads.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def key_sentence_loss(masked_logprobs: jax.Array, key: jax.Array) -> tuple[jax.A
       key: bool[B, A], the tokens of the key sentence.
 
     Returns:
-      float[B] losses, 0 for a path without a key sentence, and the statistic `key_sentence_loss`.
+      float[B] losses, 0 for a path without a key sentence, and the statistics `key_sentence_loss` and `has_key_sentence`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -29,7 +30,8 @@ def key_sentence_loss(masked_logprobs: jax.Array, key: jax.Array) -> tuple[jax.A
       1.5
     """
     loss = -masked_mean(masked_logprobs, key)
-    return loss, {"key_sentence_loss": jax.lax.stop_gradient(loss)}
+    has_key = jnp.any(key, axis=-1).astype(loss.dtype)
+    return loss, {"key_sentence_loss": jax.lax.stop_gradient(loss), "has_key_sentence": has_key}
 
 
 def safety_head_loss(

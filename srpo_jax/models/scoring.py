@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,32 @@ from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
 from srpo_jax.trees import Branch, PackConfig, ReasoningTree, TreeBatch, pack_trees
 
 
+class TreeScores(NamedTuple):
+    """What one forward pass tells of B packed trees; meaningless beyond the lengths that the batch tells.
+
+    Attributes:
+      path: float32[B, A], log π of the tokens of path and reply.
+      branch: float32[B, M, L], of the branches.
+      key: float32[B, A], of the key step from the path before it alone, the query hidden; None unless the batch asks.
+    """
+
+    path: jax.Array
+    branch: jax.Array
+    key: jax.Array | None
+
+
 def tree_logprobs(
     model: Qwen2_5_VL, batch: TreeBatch, *, remat: Remat = "none", chunk: int = CHUNK, attention: str = "auto"
 ) -> tuple[jax.Array, jax.Array]:
-    """log π of every token of the reference path and of every branch.
+    """log π of every token of the reference path and of every branch: see `tree_scores`."""
+    scores = tree_scores(model, batch, remat=remat, chunk=chunk, attention=attention)
+    return scores.path, scores.branch
+
+
+def tree_scores(
+    model: Qwen2_5_VL, batch: TreeBatch, *, remat: Remat = "none", chunk: int = CHUNK, attention: str = "auto"
+) -> TreeScores:
+    """What the objectives read of a forward pass over packed trees.
 
     Args:
       model: the policy's module.
@@ -31,9 +53,6 @@ def tree_logprobs(
       remat: what each layer keeps for the backward pass (see `layers.rematerialised`).
       chunk: positions of a buffer per chunk of the log-prob head.
       attention: backend, see `models.attention.tree_attention`.
-
-    Returns:
-      float32[B, A] for path and reply, float32[B, M, L] for the branches; meaningless beyond their lengths.
     """
     features = model.encode_images(batch.vision, remat=remat)
     hidden = model.comb(batch.rows, features, remat=remat, backend=attention)
@@ -46,7 +65,9 @@ def tree_logprobs(
         at = jnp.minimum(slots[..., None] + jnp.arange(length), scores.shape[1] - 1)
         return jnp.take_along_axis(scores, at.reshape(buffers, -1), axis=1).reshape(at.shape)
 
-    return of(batch.path_slots, batch.path_targets.shape[1]), of(batch.branch_slots, batch.tokens.shape[2])
+    path, branch = of(batch.path_slots, batch.path_targets.shape[1]), of(batch.branch_slots, batch.tokens.shape[2])
+    key = None if batch.key_slots is None else of(batch.key_slots, batch.path_targets.shape[1])
+    return TreeScores(path, branch, key)
 
 
 def score_trees(

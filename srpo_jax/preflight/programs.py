@@ -34,7 +34,7 @@ from srpo_jax.models.released import MAX_PIXELS, config_of
 from srpo_jax.training.loop import RunConfig
 from srpo_jax.training.state import TrainState, abstract_state
 from srpo_jax.training.step import check_image_cache, make_update
-from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk, pack_trees
+from srpo_jax.trees import Branch, PackConfig, ReasoningTree, Trunk, masked_tokens, pack_trees
 
 STEPS = len(GRAMMAR.titles)
 END_OF_TURN = 151_645  # any id will do for a program's shape
@@ -138,7 +138,7 @@ def update_program(setting: Setting, chip: Chip) -> Program:
     graphdef = graph_definition(setting.model, setting.params)
     how = {"offload": run.optim.offload}
     update = make_update(graphdef, run.optim.make(), run.loss, run.compute, setting.mesh, state, **how)
-    size = TreeSize.of(tree, setting.model.vision)
+    size = TreeSize.of(tree, setting.model.vision, run.pack)
     size = size if isinstance(nothing, Features) else _with_image(size, patches, setting.model)
     shapes = {**state.params, **state.frozen}
     work = flops.update_flops(setting.model, shapes, state.params, size, remat=run.compute.remat == "full")
@@ -329,10 +329,12 @@ def _tree(setting: Setting, pack: PackConfig, patches: int) -> ReasoningTree:
     """A tree that fills the largest shapes: the longest trunk, and equal branches that take the other rows."""
     trunk, path = max(pack.trunk), max(pack.path)
     ends = tuple(np.linspace(trunk - path, trunk - path // 8, STEPS + 1).astype(int).tolist())
-    count, room = max(pack.branches), max(pack.rows) - -(-trunk // pack.row)
+    bare = Trunk("preflight", _encoded(setting.model, trunk, patches), ends)
+    taken = -(-trunk // pack.row) + -(-masked_tokens(bare, pack) // pack.row)
+    count, room = max(pack.branches), max(pack.rows) - taken
     length = min(max(pack.branch), pack.row // -(-count // room) + 1) if count else 0
     nothing = np.zeros(length, np.float32)
     branches = tuple(  # of different tokens: equal branches of a prefix would be merged
         Branch(i % STEPS, np.full(length, i, np.int32), nothing, "ok", bool(i % 2)) for i in range(count)
     )
-    return ReasoningTree(Trunk("preflight", _encoded(setting.model, trunk, patches), ends), branches)
+    return ReasoningTree(bare, branches)

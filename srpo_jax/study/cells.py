@@ -143,7 +143,7 @@ def cell_cost(bench: Bench, run: RunConfig, trees: Sequence[ReasoningTree]) -> d
     model, flat = bench.policy.config, sharding.flatten(bench.policy.params)
     sizes = [TreeSize.of(tree, model.vision) for tree in trees]
     used = [dataclasses.replace(tree, branches=tuple(usable_branches(tree, run.pack)[0])) for tree in trees]
-    read = [TreeSize.of(tree, model.vision) for tree in used]
+    read = [TreeSize.of(tree, model.vision, run.pack) for tree in used]
     explored = sum(exploration_flops(model, flat, size).total for size in sizes) if run.rounds else 0.0
     reference = sum(forward_flops(model, flat, size).total for size in read) if "reference" in run.pack.extras else 0.0
     per_tree = float(np.mean([update_flops(model, flat, flat, size).model.total for size in read]))

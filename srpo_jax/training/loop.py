@@ -284,12 +284,13 @@ def has_pair(tree: ReasoningTree, config: PackConfig) -> bool:
 
 def _work_of(policy: Policy, state: TrainState, pack: PackConfig) -> Callable[[ReasoningTree], float]:
     """Operations of a tree's share of an update, on the branches that it learns from."""
-    flat, trained = sharding.flatten(state.all_params()), set(state.params)
+    flat, trained = state.params | state.frozen, set(state.params)
     shapes = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in flat.items()}
 
     def work(tree: ReasoningTree) -> float:
         used = dataclasses.replace(tree, branches=tuple(usable_branches(tree, pack)[0]))
-        return update_flops(policy.config, shapes, trained, TreeSize.of(used, policy.config.vision)).model.total
+        size = TreeSize.of(used, policy.config.vision, pack)
+        return update_flops(policy.config, shapes, trained, size).model.total
 
     return work
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from srpo_jax import losses
+from srpo_jax.models.scoring import TreeScores
 from srpo_jax.trees import TreeBatch
 
 Options = Mapping[str, Any]
@@ -29,12 +30,16 @@ class TreeLogprobs(NamedTuple):
       path_lengths: int32[B].
       branches: log-probs of the branches.
       prefix_lengths: int32[B, M].
+      key: float[B, A], log-probs of the key sentence with the query hidden; for `key_sentence` alone.
+      key_lengths: int32[B], its tokens.
     """
 
     path: jax.Array
     path_lengths: jax.Array
     branches: losses.BranchLogprobs
     prefix_lengths: jax.Array
+    key: jax.Array | None = None
+    key_lengths: jax.Array | None = None
 
 
 class Term(NamedTuple):
@@ -79,6 +84,11 @@ def _all(t: TreeLogprobs) -> tuple:
     return t.path, t.path_lengths, t.branches, t.prefix_lengths
 
 
+def _key(t: TreeLogprobs) -> tuple:
+    assert t.key is not None and t.key_lengths is not None  # `Term.extras` asks for them
+    return t.key, jnp.arange(t.key.shape[-1]) < t.key_lengths[..., None]
+
+
 def _yes(options: Options) -> bool:
     return True
 
@@ -108,6 +118,7 @@ TERMS = {
     "simpo": Term(losses.simpo, _branches, _yes, _no, "paired"),
     "kto": Term(losses.kto, _branches, _no, _no, "all", _reference),
     "grpo": Term(losses.grpo, _branches, _yes, _no, "all", lambda o: ("reference",) if o["beta"] else ()),
+    "key_sentence": Term(losses.key_sentence_loss, _key, _no, _yes, "", lambda o: ("key_lengths", "key_slots")),
 }
 """The objectives that `config.loss.weights` names, in the order of docs/loss.md."""
 
@@ -161,7 +172,7 @@ class LossConfig:
             branches = losses.BranchLogprobs(
                 one, count, count, one > 0, count[..., None], count, one, one, count, count
             )
-            trees = TreeLogprobs(one[0], count[0], branches, count)
+            trees = TreeLogprobs(one[0], count[0], branches, count, one[0], count[0])
             return TERMS[name].loss(*TERMS[name].arguments(trees), **self.options_of(name))
 
         try:
@@ -197,11 +208,11 @@ class LossConfig:
         return tuple(sorted({field for name in self.terms for field in TERMS[name].extras(self.options_of(name))}))
 
 
-def tree_view(path: jax.Array, branch: jax.Array, batch: TreeBatch) -> TreeLogprobs:
-    """What the objectives read, from the log-probs of `models.scoring.tree_logprobs` and the batch that they belong
-    to."""
+def tree_view(scores: TreeScores, batch: TreeBatch) -> TreeLogprobs:
+    """What the objectives read, from what the model tells of a batch and the batch itself."""
     known = {name: getattr(batch, name) for name in losses.BranchLogprobs._fields if name != "logprobs"}
-    return TreeLogprobs(path, batch.path_lengths, losses.BranchLogprobs(branch, **known), batch.prefix_lengths)
+    branches = losses.BranchLogprobs(scores.branch, **known)
+    return TreeLogprobs(scores.path, batch.path_lengths, branches, batch.prefix_lengths, scores.key, batch.key_lengths)
 
 
 def total_loss(

@@ -15,12 +15,15 @@ from srpo_jax.models.attention import BACKENDS
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
 from srpo_jax.models.quantize import compute_params
-from srpo_jax.models.scoring import tree_logprobs
+from srpo_jax.models.scoring import tree_scores
 from srpo_jax.training.objective import LossConfig, total_loss, tree_view
 from srpo_jax.training.state import TrainState, state_shardings
 from srpo_jax.trees import TreeBatch
 
-OVER_PAIRED = ("m_", "length_", "slope_", "margin_", "pair_accuracy")  # statistics that only questions with pairs have
+# Statistics that only some questions have, by how their names begin, and the statistic that tells which questions.
+OVER = dict.fromkeys(("m_", "length_", "slope_", "margin_", "pair_accuracy"), "has_pairs") | {
+    "key_sentence_": "has_key_sentence"
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,10 +80,8 @@ def tree_loss(
     step: jax.Array | int = 0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Loss and statistics of every question of a batch at update `step`, float[B] each; `model` is the policy's module."""
-    path, branch = tree_logprobs(
-        model, batch, remat=compute.remat, chunk=compute.logprob_chunk, attention=compute.attention
-    )
-    return total_loss(tree_view(path, branch, batch), config, step)
+    how = {"remat": compute.remat, "chunk": compute.logprob_chunk, "attention": compute.attention}
+    return total_loss(tree_view(tree_scores(model, batch, **how), batch), config, step)
 
 
 def make_update(
@@ -150,13 +151,17 @@ class Update:
 
 def question_sums(loss: jax.Array, aux: dict[str, jax.Array], weight: jax.Array) -> dict[str, jax.Array]:
     """Sums over questions from which `mean_metrics` makes means; they add up over micro-batches."""
-    paired = weight * aux["has_pairs"]
-    sums = {name: jnp.sum(x * (paired if name.startswith(OVER_PAIRED) else weight)) for name, x in aux.items()}
-    return sums | {"loss": jnp.sum(loss * weight), "questions": jnp.sum(weight), "paired": jnp.sum(paired)}
+    sums = {name: jnp.sum(x * (weight * aux[has] if (has := _over(name)) else weight)) for name, x in aux.items()}
+    return sums | {"loss": jnp.sum(loss * weight), "questions": jnp.sum(weight)}
 
 
 def mean_metrics(sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Means per question; statistics of pairs are means over the questions that have pairs."""
+    """Means per question; those of `OVER` are means over the questions that have them."""
     sums = dict(sums)
-    questions, paired = sums.pop("questions"), jnp.maximum(sums.pop("paired"), 1)
-    return {name: x / (paired if name.startswith(OVER_PAIRED) else questions) for name, x in sums.items()}
+    questions = sums.pop("questions")
+    return {name: x / (jnp.maximum(sums[has], 1) if (has := _over(name)) else questions) for name, x in sums.items()}
+
+
+def _over(name: str) -> str | None:
+    """The statistic that tells which questions have the statistic `name`; None where all do."""
+    return next((has for opening, has in OVER.items() if name.startswith(opening)), None)

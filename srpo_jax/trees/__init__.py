@@ -2,7 +2,17 @@
 
 from srpo_jax.trees.packing import PackShape, Rows, TreeBatch, balance, pack_rows, pack_shape, pack_trees
 from srpo_jax.trees.selection import FAVOURABLE, UNFAVOURABLE, UNKNOWN, select_pairs, usable_branches, verdict_of
-from srpo_jax.trees.shapes import EXTRAS, PATCHES, Ladder, PackConfig, bucket, check_trunks, rows_needed
+from srpo_jax.trees.shapes import (
+    EXTRAS,
+    PATCHES,
+    Ladder,
+    PackConfig,
+    bucket,
+    check_trunks,
+    masked_key,
+    masked_tokens,
+    rows_needed,
+)
 from srpo_jax.trees.tree import Branch, ReasoningTree, Trunk
 
 __all__ = [
@@ -22,6 +32,8 @@ __all__ = [
     "balance",
     "bucket",
     "check_trunks",
+    "masked_key",
+    "masked_tokens",
     "pack_rows",
     "pack_shape",
     "pack_trees",

@@ -11,6 +11,9 @@ tokens, branch a at prefix 4 (inputs a1 a2 a3) and branches b, c at prefix 5 (b1
 
 A token sees the trunk's tokens below its `limit`, and the tokens up to itself of its own segment in its row. So a piece of the
 trunk is to the pieces before it what a branch is to its prefix, and one rule of attention serves both.
+
+SafeKey reads the path once more without the prompt (`PackConfig.key_step`). That is a trunk of its own that begins at e_0, in
+rows of its own behind the tree's, whose context are these rows: nothing in it has seen the query, its positions are the path's.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from srpo_jax.inputs import (
     pad_to,
 )
 from srpo_jax.trees.selection import UNKNOWN, select_pairs, usable_branches
-from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of
+from srpo_jax.trees.shapes import EXTRAS, PackConfig, bucket_of, masked_key, masked_tokens
 from srpo_jax.trees.tree import Branch, ReasoningTree
 
 
@@ -82,6 +85,8 @@ class TreeBatch(NamedTuple):
       sampled: float32[B, M, L], log-probs under the policy that sampled the branch, 0 for substitutes.
       step_lengths: int32[B, M], tokens of the branch's first own step; None unless `PackConfig.extras` asks.
       reference: float32[B, M, L], log-probs under the reference model; None unless `PackConfig.extras` asks.
+      key_slots: int32[B], where the key step begins, predicted without the query; None unless `PackConfig.extras` asks.
+      key_lengths: int32[B], its tokens, 0 for a path without it; None unless `PackConfig.extras` asks.
       pairs: bool[B, M, M], [b+, b-] where favourable b+ is compared with unfavourable b-.
       weight: float32[B], 1 for a question, 0 for a padding tree.
     """
@@ -103,17 +108,25 @@ class TreeBatch(NamedTuple):
     sampled: Array
     step_lengths: Array | None
     reference: Array | None
+    key_slots: Array | None
+    key_lengths: Array | None
     pairs: Array
     weight: Array
 
 
 class _Tree(NamedTuple):
-    """A tree and where its pieces go: rows of indices of branches, the trunk's rows first."""
+    """A tree and where its pieces go: rows of indices of branches, the trunk's rows first, and rows of the path alone."""
 
     tree: ReasoningTree
     branches: list[Branch]
     verdicts: list[int]
     rows: list[list[int]]
+    masked_rows: int
+
+    @property
+    def size(self) -> int:
+        """All its rows."""
+        return len(self.rows) + self.masked_rows
 
 
 class PackShape(NamedTuple):
@@ -202,10 +215,11 @@ def pack_trees(
     each = size // buffers
     groups = [parts[g * each : (g + 1) * each] for g in range(buffers)]
     shape = shape or _shape(groups, each, config)
-    rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config.row) for g in groups), strict=True)
+    rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config) for g in groups), strict=True)
     packed = [_pack_tree(part, shape, config) for part in parts]
     packed += [_padding_tree(packed[0])] * (size - len(trees))
-    path_slots, branch_slots = (np.concatenate(x) for x in zip(*slots, strict=True))
+    path_slots, branch_slots, key_slots = (np.concatenate(x) for x in zip(*slots, strict=True))
+    extras = dict.fromkeys(EXTRAS) | ({"key_slots": key_slots} if "key_slots" in config.extras else {})
     batch = TreeBatch(
         rows=Rows(*(np.stack(x) for x in zip(*rows, strict=True))),
         vision=_pack_images(groups, each, shape, nothing),
@@ -213,7 +227,7 @@ def pack_trees(
         targets=np.stack(targets),
         path_slots=path_slots,
         branch_slots=branch_slots,
-        **dict.fromkeys(EXTRAS) | {k: np.stack([p[k] for p in packed]) for k in packed[0]},
+        **extras | {k: np.stack([p[k] for p in packed]) for k in packed[0]},
     )
     counts["tokens"] = int(np.sum(batch.rows.segments >= 0))
     counts["executed_tokens"] = batch.rows.tokens.size
@@ -251,7 +265,8 @@ def _lay_out(trees: Sequence[ReasoningTree], config: PackConfig) -> tuple[list[_
         bucket_of(tree.trunk, max(inputs, default=0), (config.row,), "tokens of a branch in a row (pack.row)")
         whole, rest = divmod(len(tree.trunk.encoded.tokens), config.row)
         taken = [config.row] * whole + [rest] * (rest > 0)
-        parts.append(_Tree(tree, branches, verdicts, pack_rows(inputs, config.row, taken)))
+        masked_rows = -(-masked_tokens(tree.trunk, config) // config.row)
+        parts.append(_Tree(tree, branches, verdicts, pack_rows(inputs, config.row, taken), masked_rows))
         for name, count in {**counts, "prefixes": len(tree.trunk.prefixes)}.items():
             counters[name] += count
     return parts, counters
@@ -264,9 +279,9 @@ def _shape(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -> 
         largest = max(parts, key=size_of)
         return bucket_of(largest.tree.trunk, size_of(largest), ladder, what)
 
-    fullest = max(groups, key=lambda group: sum(len(p.rows) for p in group))
-    average = -(-sum(len(p.rows) for p in fullest) // each)
-    largest = max(fullest, key=lambda p: len(p.rows)).tree.trunk
+    fullest = max(groups, key=lambda group: sum(p.size for p in group))
+    average = -(-sum(p.size for p in fullest) // each)
+    largest = max(fullest, key=lambda p: p.size).tree.trunk
     patches, most = _patches(groups, each, config)
     trunk = fit(lambda p: len(p.tree.trunk.encoded.tokens), config.trunk, "trunk tokens (pack.trunk)")
     return PackShape(
@@ -296,8 +311,9 @@ def _patches(groups: Sequence[Sequence[_Tree]], each: int, config: PackConfig) -
     return max(most, each * average), most
 
 
-def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
+def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, config: PackConfig):
     """Rows, predictors, targets and slots of one buffer, without an axis of buffers."""
+    row = config.row
     rows = Rows(
         tokens=np.zeros((shape.rows, row), np.int32),
         positions=np.zeros((3, shape.rows, row), np.int32),
@@ -307,34 +323,38 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, row: int):
         context=np.zeros((shape.rows, shape.context), np.int32),
     )
     path_slots, branch_slots = np.zeros(each, np.int32), np.zeros((each, shape.branches), np.int32)
+    key_slots = np.zeros(each, np.int32)
     scored: list[np.ndarray] = [np.zeros((2, 0), np.int32)]
     count = first = 0
     offsets = feature_offsets([part.tree.trunk.encoded for part in group])
     for i, (part, offset) in enumerate(zip(group, offsets, strict=True)):
-        starts = _fill_rows(part, first, offset, rows, row)
-        here = slice(first, first + len(part.rows))
-        rows.context[here] = np.minimum(first + np.arange(shape.context), shape.rows - 1)
-        ends = part.tree.trunk.ends
-        pieces = [
-            (ends[0] - 1, ends[0], part.tree.trunk.path)
-        ]  # what predicts the first token, what the others; tokens
+        starts = _fill_rows(part, first, offset, rows, config)
+        for begin, end in ((first, first + len(part.rows)), (first + len(part.rows), first + part.size)):
+            rows.context[begin:end] = np.minimum(begin + np.arange(shape.context), shape.rows - 1)
+        trunk, ends = part.tree.trunk, part.tree.trunk.ends
+        pieces = [(ends[0] - 1, ends[0], trunk.path)]  # what predicts the first token, what the others; tokens
         pieces += [(ends[b.prefix] - 1, start, b.tokens) for b, start in zip(part.branches, starts, strict=True)]
+        if key := masked_key(trunk, config):
+            start = len(part.rows) * row + key[0] - ends[0]
+            pieces.append((start - 1, start, trunk.encoded.tokens[slice(*key)]))
         slots = count + np.cumsum([0, *(len(tokens) for _, _, tokens in pieces)])
         for before, start, tokens in pieces:
             predictors = np.concatenate([[before], start + np.arange(len(tokens) - 1)]) + first * row
             scored.append(np.stack([predictors, tokens]).astype(np.int32))
-        path_slots[i], branch_slots[i, : len(starts)], count = slots[0], slots[1:-1], slots[-1]
-        first += len(part.rows)
+        path_slots[i], branch_slots[i, : len(starts)] = slots[0], slots[1 : len(starts) + 1]
+        key_slots[i], count = slots[len(starts) + 1], slots[-1]  # without a key step nothing of it is read
+        first += part.size
     room = (
         shape.rows * row + each * shape.branches
     )  # every token of the buffer, and what the trunk predicts of branches
     predictors, targets = np.concatenate(scored, axis=1)
-    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), (path_slots, branch_slots)
+    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), (path_slots, branch_slots, key_slots)
 
 
-def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, row: int) -> list[int]:
+def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, config: PackConfig) -> list[int]:
     """Writes a tree into the rows from `first` on, its features from `offset` on; returns where its branches' inputs begin,
     as if its rows were one."""
+    row = config.row
 
     def put(r: int, at: int, tokens, positions, slots, segment: int, limit: int) -> None:
         here = slice(at, at + len(tokens))
@@ -353,6 +373,11 @@ def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, row: int) -> li
             put(r, at, tokens, encoded.positions[0, end] + np.arange(len(tokens)), -1, m + 1, end)
             starts[m] = r * row + at
             at += len(tokens)
+    masked = slice(ends[0], ends[0] + masked_tokens(part.tree.trunk, config))
+    path, positions = encoded.tokens[masked], encoded.positions[:, masked]
+    for r in range(part.masked_rows):
+        piece = slice(r * row, (r + 1) * row)
+        put(len(part.rows) + r, 0, path[piece], positions[:, piece], -1, 0, r * row)
     return starts
 
 
@@ -373,7 +398,7 @@ def _pack_tree(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, A
         "verdicts": pad_to(np.asarray(part.verdicts, np.int8), count, 0, UNKNOWN),
         "counts": pad_to(np.asarray([b.count for b in branches], np.int32), count, 0),
         "sampled": _per_token([b.logprobs if b.count else 0 * b.tokens for b in branches], shape, np.float32),
-        **_extras(part, shape, config.extras),
+        **_extras(part, shape, config),
         "pairs": pad_to(pad_to(pairs, count, 0), count, 1),
         "weight": np.float32(1),
     }
@@ -387,16 +412,22 @@ def _per_token(values: Sequence[np.ndarray], shape: PackShape, dtype: Any) -> np
     return padded
 
 
-def _extras(part: _Tree, shape: PackShape, wanted: Sequence[str]) -> dict[str, np.ndarray]:
-    """The fields of `EXTRAS` that are wanted; ValueError names a record whose branches do not tell."""
-    told: dict[str, list[Any]] = {field: [getattr(b, EXTRAS[field]) for b in part.branches] for field in wanted}
+def _extras(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, Any]:
+    """The fields of `EXTRAS` that are wanted, save for slots; ValueError names a record whose branches do not tell."""
+    wanted = config.extras
+    told: dict[str, list[Any]] = {
+        field: [getattr(b, source) for b in part.branches] for field in wanted if (source := EXTRAS[field])
+    }
     for field, values in told.items():
         if any(value is None for value in values):
             raise ValueError(
                 f"record {part.tree.trunk.record_id!r}: a branch has no {EXTRAS[field]}, of which TreeBatch.{field} is made; "
                 "see training.annotate"
             )
-    extras = {}
+    extras: dict[str, Any] = {}
+    if "key_lengths" in wanted:
+        begin, end = part.tree.trunk.step(config.key_step) or (0, 0)
+        extras["key_lengths"] = np.int32(end - begin)
     if "step_lengths" in told:
         extras["step_lengths"] = pad_to(np.asarray(told["step_lengths"], np.int32), shape.branches, 0)
     if "reference" in told:

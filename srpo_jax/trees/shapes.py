@@ -7,8 +7,13 @@ from collections.abc import Iterable
 
 from srpo_jax.trees.tree import Trunk
 
-EXTRAS = {"step_lengths": "step", "reference": "reference"}
-"""Fields of `TreeBatch` that are there on demand, and the field of `Branch` that tells them."""
+EXTRAS: dict[str, str | None] = {
+    "step_lengths": "step",
+    "reference": "reference",
+    "key_slots": None,
+    "key_lengths": None,
+}
+"""Fields of `TreeBatch` that are there on demand, and the field of `Branch` that tells them; None where the trunk does."""
 
 Ladder = tuple[int, ...]
 PATCHES: Ladder = tuple(64 << k for k in range(10))
@@ -46,6 +51,7 @@ class PackConfig:
       learns: which branches with a verdict are packed, the others being left out of the update because no loss reads them:
         "all", "paired" (those of a pair) or "favourable".
       extras: fields of `TreeBatch` that only some losses read, of `EXTRAS`; every branch must tell them.
+      key_step: the step, counted from 1, whose text is SafeKey's key sentence; those before it are the understanding.
 
     Raises:
       ValueError: a ladder that does not ascend, no room in a row, or an option that is not one of those above.
@@ -63,6 +69,7 @@ class PackConfig:
     substitutes: bool = False
     learns: str = "all"
     extras: tuple[str, ...] = ()
+    key_step: int = 4
 
     def __post_init__(self):
         if unknown := set(self.extras) - EXTRAS.keys():
@@ -73,6 +80,8 @@ class PackConfig:
             raise ValueError(f"learns={self.learns!r}: use 'all', 'paired' or 'favourable'")
         if self.max_pairs is not None and self.max_pairs < 1:
             raise ValueError(f"max_pairs={self.max_pairs}: keep at least one pair, or None for all")
+        if self.key_step < 2:
+            raise ValueError(f"key_step={self.key_step}: steps are counted from 1, and one has to come before it")
         if self.row < 1:
             raise ValueError(f"row={self.row}: a row holds at least one token")
         for name in ("trunk", "path", "rows", "branches", "branch", "patches"):
@@ -105,6 +114,7 @@ def check_trunks(trunks: Iterable[Trunk], pack: PackConfig, k: int = 0, max_toke
             bucket_of(trunk, longest, pack.branch, "tokens of a substitute (pack.branch)")
             bucket_of(trunk, longest - 1, (pack.row,), "tokens of a substitute in a row (pack.row)")
             rows = rows_needed(len(trunk.encoded.tokens), (k + 1) * len(trunk.prefixes), longest, pack.row)
+            rows += -(-masked_tokens(trunk, pack) // pack.row)
             bucket_of(trunk, rows, pack.rows, "rows of trunk, branches and substitutes (pack.rows)")
 
 
@@ -114,6 +124,17 @@ def rows_needed(trunk: int, count: int, longest: int, row: int) -> int:
     First fit fills all rows but the last with as many of the longest branches as they hold.
     """
     return -(-trunk // row) + -(-count // max(1, row // max(1, longest - 1)))
+
+
+def masked_key(trunk: Trunk, pack: PackConfig) -> tuple[int, int] | None:
+    """Where the key step begins and ends, if `extras` ask for it with the query hidden and the path has one."""
+    return trunk.step(pack.key_step) if "key_slots" in pack.extras else None
+
+
+def masked_tokens(trunk: Trunk, pack: PackConfig) -> int:
+    """Tokens of the path that are read once more without the prompt: up to the key step, whose last is predicted alone."""
+    key = masked_key(trunk, pack)
+    return key[1] - 1 - trunk.ends[0] if key else 0
 
 
 def bucket_of(trunk: Trunk, size: int, ladder: Ladder, what: str) -> int:

@@ -21,12 +21,14 @@ class Trunk:
       encoded: the whole trunk, image included.
       ends: `e_0 .. e_S`, the number of trunk tokens in each prefix; `e_0` is the end of the generation prompt.
       unsafe_reply: tokens of the reply segment with the record's unsafe reply, if it has one.
+      risky: whether granting the request would do harm; None if the record does not say.
     """
 
     record_id: str
     encoded: Encoded
     ends: tuple[int, ...]
     unsafe_reply: np.ndarray | None = None
+    risky: bool | None = None
 
     @property
     def prefixes(self) -> range:
@@ -37,6 +39,10 @@ class Trunk:
     def path(self) -> np.ndarray:
         """int32[r]: the tokens of reference path and reply."""
         return self.encoded.tokens[self.ends[0] :]
+
+    def step(self, number: int) -> tuple[int, int] | None:
+        """Where step `number`, counted from 1, begins and ends among the trunk's tokens; None if the path has no such step."""
+        return self.ends[number - 1 : number + 1] if number in range(1, len(self.ends)) else None  # type: ignore[return-value]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,14 +17,23 @@ def question() -> TreeLogprobs:
     rng = np.random.default_rng(0)
     made = [One(i % 3, int(i < 3), 1, 1, *(-rng.exponential(size=4) for _ in range(3))) for i in range(6)]
     branches = as_arrays(made)._replace(tokens=jnp.asarray(rng.integers(0, 9, (1, M, L))))
-    return TreeLogprobs(jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([3]), branches, jnp.ones((1, M), int))
+    return trees_of(branches)
+
+
+def trees_of(branches: losses.BranchLogprobs) -> TreeLogprobs:
+    path, key = jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([[-3.0, -1.0, -9.0]])
+    return TreeLogprobs(path, jnp.asarray([3]), branches, jnp.ones((1, M), int), key, jnp.asarray([2]))
+
+
+FUNCTIONS = {"key_sentence": losses.key_sentence_loss}  # the others have the names of their functions
 
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_single_term_is_its_function(name):
     trees, config = question(), LossConfig({name: 1.0})
     total, aux = total_loss(trees, config)
-    loss, _ = getattr(losses, name)(*TERMS[name].arguments(trees))
+    function = FUNCTIONS.get(name) or getattr(losses, name)
+    loss, _ = function(*TERMS[name].arguments(trees))
     np.testing.assert_allclose(total, loss, rtol=1e-6)
     np.testing.assert_allclose(aux[f"loss/{name}"], loss, rtol=1e-6)
     assert float(aux["pairs"][0]) == np.sum(trees.branches.pairs) > 0
@@ -39,8 +48,7 @@ def test_a_term_learns_from_the_branches_that_it_says(name):
     places = [(0, 1), (0, 0), (0, 0), (1, 1), (1, 1), (2, 0)]
     made = [One(prefix, verdict, 1, 1, *(-rng.exponential(size=4) for _ in range(3))) for prefix, verdict in places]
     branches = as_arrays(made)._replace(tokens=jnp.asarray(rng.integers(0, 9, (1, M, L))))
-    trees = TreeLogprobs(jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([3]), branches, jnp.ones((1, M), int))
-    config = LossConfig({name: 1.0})
+    trees, config = trees_of(branches), LossConfig({name: 1.0})
 
     def loss(logprobs):
         return total_loss(trees._replace(branches=branches._replace(logprobs=logprobs)), config)[0].sum()
@@ -69,6 +77,12 @@ def question_sums_input(aux):
     """Every statistic is one number per question, so that it can be summed over micro-batches."""
     question_sums(jnp.ones(1), aux, jnp.ones(1))
     return aux.values()
+
+
+def test_the_key_sentence_is_scored_as_far_as_it_goes():
+    total, aux = total_loss(question(), LossConfig({"sft": 1.0, "key_sentence": 0.2}))
+    assert float(total[0]) == pytest.approx(3.5 / 3 + 0.2 * 2.0)
+    assert float(aux["key_sentence_loss"][0]) == 2.0 and float(aux["has_key_sentence"][0]) == 1.0
 
 
 def test_terms_add_up_by_weight():
