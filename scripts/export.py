@@ -2,7 +2,8 @@
 
 python scripts/export.py --checkpoint=runs/srpo --output=runs/srpo-hf [--step=64] [--dtype=bfloat16] [--adapter]
 
-A whole policy has its adapters merged into the kernels and quantised kernels in floating point again.
+A whole policy has its adapters merged into the kernels and quantised kernels in floating point again. Safety heads that trained
+beside it (`loss.weights.safety_heads`) are no part of it: they stay in the run's checkpoints.
 """
 
 import jax.numpy as jnp

@@ -231,10 +231,11 @@ def _check_data(data: ml_collections.ConfigDict, run: RunConfig) -> None:
     if data.schema == "sft" and run.style != "long":
         raise ConfigError(f"config.style={run.style!r} is made of six steps, which records of schema 'sft' do not have")
     steps = 0 if data.schema == "sft" else len(STYLES[run.style].titles)
-    if "key_slots" in run.pack.extras and run.pack.key_step > steps:
+    if {"key_slots", "understanding"} & set(run.pack.extras) and run.pack.key_step > steps:
         raise ConfigError(
-            f"config.pack.key_step={run.pack.key_step}: paths of style {run.style!r} and schema {data.schema!r} have {steps} "
-            "steps, so there would be no key sentence; name another step, or give config.loss.weights.key_sentence no weight"
+            f"config.pack.key_step={run.pack.key_step}: paths of style {run.style!r} and schema {data.schema!r} end at step "
+            f"{steps}, so there would be no key sentence; name another, or give config.loss.weights.key_sentence and "
+            "safety_heads no weight"
         )
     if data.name == "scenes" and (data.lazy or data.max_broken or data.schema != "ssui"):
         raise ConfigError("config.data: lazy, max_broken and schema are for data that is read from files")

@@ -103,7 +103,8 @@ def load_processor(config: ml_collections.ConfigDict) -> Processor:
 def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh | None = None) -> tuple[Policy, int]:
     """The policy of a work directory at `step` (the newest checkpoint if None), and that step.
 
-    Changes nothing there and needs no lock: the run may be under way.
+    Changes nothing there and needs no lock: the run may be under way. Heads that an objective trained beside the policy
+    (`models.heads`) are no part of it and stay there.
 
     Raises:
       FileNotFoundError: no work directory there.
@@ -115,10 +116,14 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     mesh = configs.build_mesh(config) if mesh is None else mesh
     run = configs.run_config(config)
     start = configs.build_policy(config, mesh)
-    like = abstract_state(start.params, run.optim.make(), run.trainable, mesh)
+    own = run.loss.parameters(start.config.text.hidden_size)
+    like = abstract_state(start.params, run.optim.make(), run.trainable, mesh, own=own)
     frozen = place_frozen(start.params, like.frozen)
     start = dataclasses.replace(start, params={})  # room for the trained ones
-    like = like.moving()._replace(opt_state=jax.tree.map(lambda _: ..., like.opt_state))
+    like = like.moving()._replace(
+        params={path: ... if path in own else x for path, x in like.params.items()},
+        opt_state=jax.tree.map(lambda _: ..., like.opt_state),
+    )
     with Checkpointer(run.checkpoints or path / "checkpoints", read_only=True) as checkpoints:
         state, metadata = checkpoints.restore(step, like)
     if metadata.get("frozen") != params_fingerprint(frozen):

@@ -29,7 +29,8 @@ from srpo_jax.trees import Branch, PackConfig, ReasoningTree, pack_trees
 TREES, K = 16, 2
 EXPLORE = ExploreConfig(k=K, max_tokens=12, trees=8, width=8, prefill=2, trunk=(144,), patches=(16,))
 PROMPTS = GenerateConfig(temperature=1.0, samples=2, max_tokens=12, batch=8, prefill=2, trunk=(96,), patches=(16,))
-PACK = PackConfig(trunk=(192,), path=(160,), rows=(24,), row=16, branches=(12,), branch=(12,), patches=(16,))
+LOSS = LossConfig({"srpo": 1.0, "key_sentence": 0.2, "safety_heads": 0.2})  # all that an update can be asked for
+PACK = PackConfig((192,), (160,), (32,), 16, (12,), (12,), (16,), extras=LOSS.extras())
 
 
 def explored(policy: Policy, trunks) -> dict:
@@ -58,7 +59,7 @@ def answered(policy: Policy, prompts) -> dict:
 
 
 def updated(policy: Policy, trunks, mesh) -> dict:
-    """Loss, norms and a digest of the parameters after two updates on the same fixed trees."""
+    """Loss, norms and digests of policy and safety heads after two updates on the same fixed trees."""
     rng = np.random.default_rng(0)
     trees = []
     for trunk in trunks[:8]:
@@ -68,13 +69,15 @@ def updated(policy: Policy, trunks, mesh) -> dict:
     packed, _ = pack_trees(trees, PACK, buffers=8)
     batches = sharding.place_batch(jax.tree.map(lambda x: np.asarray(x)[None], packed), mesh)
     optimizer = OptimConfig(learning_rate=1e-2, steps=4).make()
-    state = init_state(policy.params, optimizer, (".",), mesh)
-    update = make_update(policy.graphdef, optimizer, LossConfig(), ComputeConfig(), mesh, state)
+    own = LOSS.parameters(policy.config.text.hidden_size)
+    state = init_state(policy.params, optimizer, (".",), mesh, own=own)
+    update = make_update(policy.graphdef, optimizer, LOSS, ComputeConfig(), mesh, state)
     told = []
     for _ in range(2):
         state, metrics = update(state, batches)
         told.append({name: float(x) for name, x in metrics.items()})
-    return {"metrics": told, "head": np.asarray(state.params["head"]).ravel()[:64].tolist()}
+    digest = {name: np.asarray(state.params[name]).ravel()[:64].tolist() for name in ("head", "heads/full/kernel")}
+    return {"metrics": told, "parameters": digest}
 
 
 def main(folder: str, meshes: list[str]) -> None:

@@ -35,28 +35,33 @@ def key_sentence_loss(masked_logprobs: jax.Array, key: jax.Array) -> tuple[jax.A
 
 
 def safety_head_loss(
-    full: jax.Array, understanding: jax.Array, safe: jax.Array
+    full: jax.Array, understanding: jax.Array, safe: jax.Array, *, theta: float = 0.5
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Dual-path safety heads: L = BCE(σ(full), safe) + BCE(σ(understanding), safe).
+    """Dual-path safety heads: L = θ BCE(σ(understanding), safe) + (1 − θ) BCE(σ(full), safe).
 
     Args:
       full: float[B], logit of the head on the mean hidden state of query and understanding, all before the key
         sentence.
       understanding: float[B], logit of the head on the mean hidden state of the understanding alone.
-      safe: bool or float[B], whether the request is safe.
+      safe: bool or number[B], whether the request is safe; negative where nobody says.
+      theta: share of the second head, from 0 to 1 (0.5 in the released code).
 
     Returns:
-      float[B] losses and statistics: the two losses, and the accuracy of both heads.
+      float[B] losses, 0 where nobody says, and statistics: the two losses, the accuracy of both heads, and
+      `has_safety_label`.
 
     Example:
       >>> import jax.numpy as jnp
       >>> loss, told = safety_head_loss(jnp.zeros(1), jnp.zeros(1), jnp.array([True]))
-      >>> round(float(loss[0]), 4)  # 2 ln 2
-      1.3863
+      >>> round(float(loss[0]), 4)  # ln 2
+      0.6931
     """
-    target = jnp.asarray(safe, full.dtype)
+    if isinstance(theta, int | float) and not 0 <= theta <= 1:
+        raise ValueError(f"theta={theta}: a share between 0 and 1")
+    label = jnp.asarray(safe, full.dtype)
+    known, target = label >= 0, jnp.maximum(label, 0)
     parts = {"full": full, "understanding": understanding}
-    losses = {k: -target * jax.nn.log_sigmoid(x) - (1 - target) * jax.nn.log_sigmoid(-x) for k, x in parts.items()}
-    aux = {f"head_loss_{k}": x for k, x in losses.items()}
-    aux |= {f"head_accuracy_{k}": ((x > 0) == (target > 0.5)).astype(full.dtype) for k, x in parts.items()}
-    return sum(losses.values()), jax.lax.stop_gradient(aux)  # type: ignore[return-value]
+    losses = {k: known * (jax.nn.softplus(x) - target * x) for k, x in parts.items()}
+    aux = {f"head_loss_{k}": x for k, x in losses.items()} | {"has_safety_label": known.astype(full.dtype)}
+    aux |= {f"head_accuracy_{k}": (known & ((x > 0) == (target > 0.5))).astype(full.dtype) for k, x in parts.items()}
+    return theta * losses["understanding"] + (1 - theta) * losses["full"], jax.lax.stop_gradient(aux)

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from srpo_jax import sharding
+from srpo_jax.models.attention import weighted_values
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK, token_logprobs
 from srpo_jax.models.qwen2_5_vl import Qwen2_5_VL
@@ -27,11 +28,14 @@ class TreeScores(NamedTuple):
       path: float32[B, A], log π of the tokens of path and reply.
       branch: float32[B, M, L], of the branches.
       key: float32[B, A], of the key step from the path before it alone, the query hidden; None unless the batch asks.
+      means: float32[B, 2, D], mean final hidden states of what stands before the key step, with the prompt and without; None
+        unless the batch asks.
     """
 
     path: jax.Array
     branch: jax.Array
     key: jax.Array | None
+    means: jax.Array | None
 
 
 def tree_logprobs(
@@ -67,7 +71,23 @@ def tree_scores(
 
     path, branch = of(batch.path_slots, batch.path_targets.shape[1]), of(batch.branch_slots, batch.tokens.shape[2])
     key = None if batch.key_slots is None else of(batch.key_slots, batch.path_targets.shape[1])
-    return TreeScores(path, branch, key)
+    means = None if batch.understanding is None else span_means(hidden, batch.understanding)
+    return TreeScores(path, branch, key, means)
+
+
+def span_means(hidden: jax.Array, spans: jax.Array) -> jax.Array:
+    """Means of hidden states over spans of their buffers, 0 over none: float32[B, S, D], or wider.
+
+    Args:
+      hidden: float[G, T, D].
+      spans: int32[B, S, 2], from and to, B / G trees in each buffer.
+    """
+    of_buffer = jnp.reshape(spans, (len(hidden), -1, 2))
+    token = jnp.arange(hidden.shape[1])
+    inside = (token >= of_buffer[..., :1]) & (token < of_buffer[..., 1:])
+    sums = weighted_values("gst,gtd->gsd", inside.astype(hidden.dtype), hidden)
+    means = sums / jnp.maximum(jnp.sum(inside, axis=-1, keepdims=True), 1)
+    return means.reshape(*spans.shape[:2], -1)
 
 
 def score_trees(

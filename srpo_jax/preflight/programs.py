@@ -93,7 +93,8 @@ class Setting:
         configs.check_batch(run, mesh)
         model = config_of(configs.policy_path(config.policy.path))
         params = abstract_params(config, model, mesh)
-        state = abstract_state(params, run.optim.make(), run.trainable, mesh, offload=run.optim.offload)
+        how: dict[str, Any] = {"own": run.loss.parameters(model.text.hidden_size), "offload": run.optim.offload}
+        state = abstract_state(params, run.optim.make(), run.trainable, mesh, **how)
         check_image_cache(state, run.compute)
         return Setting(config, run, model, mesh, params, state)
 

@@ -32,6 +32,7 @@ from srpo_jax.flops import TreeSize, update_flops
 from srpo_jax.models.features import FeatureCache
 from srpo_jax.models.fingerprint import params_fingerprint
 from srpo_jax.models.geometry import empty_vision
+from srpo_jax.models.heads import without_heads
 from srpo_jax.models.policy import Policy
 from srpo_jax.models.quantize import compute_params
 from srpo_jax.paths import STYLES
@@ -123,12 +124,13 @@ def train(
     workdir = Path(workdir)
     optimizer, offload = config.optim.make(), config.optim.offload
     donate = donate and "reference" not in config.pack.extras
+    placed: dict[str, Any] = {"own": config.loss.parameters(policy.config.text.hidden_size), "offload": offload}
     with Checkpointer(config.checkpoints or workdir / "checkpoints", keep=config.keep) as checkpoints:
         if checkpoints.latest() is None:
-            state = init_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
+            state = init_state(policy.params, optimizer, config.trainable, mesh, **placed)
             _delete(policy, state.params if donate else {})
         else:  # into shapes: a fresh state beside the restored one would take the memory twice
-            like = abstract_state(policy.params, optimizer, config.trainable, mesh, offload=offload)
+            like = abstract_state(policy.params, optimizer, config.trainable, mesh, **placed)
             frozen = place_frozen(policy.params, like.frozen)
             _delete(policy, like.params if donate else {})
             state = _resume(checkpoints, like.moving(), frozen, config)
@@ -184,7 +186,7 @@ def _metadata(state: TrainState, config: RunConfig) -> dict[str, Any]:
 def _delete(policy: Policy, paths: Iterable[str]) -> None:
     """Frees parameters of the policy."""
     params = sharding.flatten(policy.params)
-    for path in paths:
+    for path in without_heads(dict.fromkeys(paths)):
         params[path].delete()
 
 

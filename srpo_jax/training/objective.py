@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from srpo_jax import losses
+from srpo_jax.models.heads import init_heads, safety_logits
 from srpo_jax.models.scoring import TreeScores
 from srpo_jax.trees import TreeBatch
 
@@ -32,6 +33,8 @@ class TreeLogprobs(NamedTuple):
       prefix_lengths: int32[B, M].
       key: float[B, A], log-probs of the key sentence with the query hidden; for `key_sentence` alone.
       key_lengths: int32[B], its tokens.
+      safety_logits: of both heads, float[B] each; for `safety_heads` alone.
+      safe: int[B], 1 for a harmless question, 0 for a risky one, -1 for neither.
     """
 
     path: jax.Array
@@ -40,6 +43,8 @@ class TreeLogprobs(NamedTuple):
     prefix_lengths: jax.Array
     key: jax.Array | None = None
     key_lengths: jax.Array | None = None
+    safety_logits: tuple[jax.Array, jax.Array] | None = None
+    safe: jax.Array | None = None
 
 
 class Term(NamedTuple):
@@ -53,6 +58,7 @@ class Term(NamedTuple):
       path_alone: whether, given the options, a tree without branches still teaches the reference path.
       learns: which branches it reads, as in `PackConfig.learns`; "" for none.
       extras: fields of `trees.EXTRAS` that it reads, given the options.
+      parameters: its own by path, fresh, given the width of hidden states.
     """
 
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -61,6 +67,7 @@ class Term(NamedTuple):
     path_alone: Callable[[Options], bool]
     learns: str
     extras: Callable[[Options], tuple[str, ...]] = lambda options: ()
+    parameters: Callable[[int], dict[str, Any]] = lambda width: {}
 
     def defaults(self) -> dict[str, Any]:
         """The options with their defaults."""
@@ -87,6 +94,12 @@ def _all(t: TreeLogprobs) -> tuple:
 def _key(t: TreeLogprobs) -> tuple:
     assert t.key is not None and t.key_lengths is not None  # `Term.extras` asks for them
     return t.key, jnp.arange(t.key.shape[-1]) < t.key_lengths[..., None]
+
+
+def _heads(t: TreeLogprobs) -> tuple:
+    if t.safety_logits is None:
+        raise ValueError("safety_heads needs heads; `LossConfig.parameters` makes them")
+    return *t.safety_logits, t.safe
 
 
 def _yes(options: Options) -> bool:
@@ -119,6 +132,9 @@ TERMS = {
     "kto": Term(losses.kto, _branches, _no, _no, "all", _reference),
     "grpo": Term(losses.grpo, _branches, _yes, _no, "all", lambda o: ("reference",) if o["beta"] else ()),
     "key_sentence": Term(losses.key_sentence_loss, _key, _no, _yes, "", lambda o: ("key_lengths", "key_slots")),
+    "safety_heads": Term(
+        losses.safety_head_loss, _heads, _no, _yes, "", lambda o: ("safe", "understanding"), init_heads
+    ),
 }
 """The objectives that `config.loss.weights` names, in the order of docs/loss.md."""
 
@@ -172,7 +188,7 @@ class LossConfig:
             branches = losses.BranchLogprobs(
                 one, count, count, one > 0, count[..., None], count, one, one, count, count
             )
-            trees = TreeLogprobs(one[0], count[0], branches, count, one[0], count[0])
+            trees = TreeLogprobs(one[0], count[0], branches, count, one[0], count[0], (one[0, 0], one[0, 0]), count[0])
             return TERMS[name].loss(*TERMS[name].arguments(trees), **self.options_of(name))
 
         try:
@@ -207,12 +223,18 @@ class LossConfig:
         """Fields of `trees.EXTRAS` that the terms read."""
         return tuple(sorted({field for name in self.terms for field in TERMS[name].extras(self.options_of(name))}))
 
+    def parameters(self, width: int) -> dict[str, Any]:
+        """The terms' own parameters by path, fresh, which train beside the policy's; `width` is that of hidden states."""
+        return {path: x for name in self.terms for path, x in TERMS[name].parameters(width).items()}
 
-def tree_view(scores: TreeScores, batch: TreeBatch) -> TreeLogprobs:
-    """What the objectives read, from what the model tells of a batch and the batch itself."""
+
+def tree_view(scores: TreeScores, batch: TreeBatch, own: Mapping[str, Any] | None = None) -> TreeLogprobs:
+    """What the objectives read, from what the model tells of a batch, the batch itself and the terms' own parameters."""
     known = {name: getattr(batch, name) for name in losses.BranchLogprobs._fields if name != "logprobs"}
     branches = losses.BranchLogprobs(scores.branch, **known)
-    return TreeLogprobs(scores.path, batch.path_lengths, branches, batch.prefix_lengths, scores.key, batch.key_lengths)
+    logits = None if scores.means is None or not own else safety_logits(own, scores.means)
+    lengths = batch.path_lengths, branches, batch.prefix_lengths
+    return TreeLogprobs(scores.path, *lengths, scores.key, batch.key_lengths, logits, batch.safe)
 
 
 def total_loss(

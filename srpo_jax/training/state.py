@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import types
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from srpo_jax import sharding
+from srpo_jax.models.heads import without_heads
 from srpo_jax.models.lora import is_adapter
 from srpo_jax.models.quantize import is_constant
 
@@ -23,7 +26,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 scalar, updates done.
-      params: trainable parameters by path, in float32 or wider.
+      params: trainable parameters by path, in float32 or wider: the policy's and those of objectives (`models.heads`).
       frozen: the other parameters by path.
       opt_state: of the optimizer, for `params` alone.
     """
@@ -34,8 +37,8 @@ class TrainState(NamedTuple):
     opt_state: Any
 
     def all_params(self) -> dict[str, Any]:
-        """The nested dict that `nnx.merge` takes."""
-        return sharding.unflatten(self.params | self.frozen)
+        """The policy's parameters, the nested dict that `nnx.merge` takes."""
+        return sharding.unflatten(without_heads(self.params | self.frozen))
 
     def moving(self) -> TrainState:
         """The state without frozen parameters: what an update changes, and what a checkpoint holds."""
@@ -145,13 +148,16 @@ def init_state(
     patterns: Patterns,
     mesh: jax.sharding.Mesh,
     *,
+    own: Mapping[str, Any] = types.MappingProxyType({}),
     offload: bool = False,
 ) -> TrainState:
     """A fresh state on the mesh; optimizer state is split like the parameters that it belongs to.
 
-    Trainable parameters are copied, because updates donate them; frozen ones are shared with `params` where they need not move.
+    `own` are parameters of objectives by path (`LossConfig.parameters`), which train whatever the patterns say. Trainable
+    parameters are copied, because updates donate them; frozen ones are shared with `params` where they need not move.
     """
     trainable, frozen = select_trainable(params, patterns)
+    trainable |= own
     shardings = state_shardings(
         TrainState(jnp.int32(0), trainable, frozen, jax.eval_shape(optimizer.init, trainable)), mesh, offload=offload
     )
@@ -173,12 +179,14 @@ def abstract_state(
     patterns: Patterns,
     mesh: jax.sharding.Mesh,
     *,
+    own: Mapping[str, Any] = types.MappingProxyType({}),
     offload: bool = False,
 ) -> TrainState:
     """Shapes, dtypes and shardings of `init_state`, from shapes of parameters and without allocating any."""
 
     def make(params: dict[str, Any]) -> TrainState:
         trainable, frozen = select_trainable(params, patterns)
+        trainable |= {path: jnp.asarray(x) for path, x in own.items()}
         return TrainState(jnp.int32(0), trainable, frozen, optimizer.init(trainable))
 
     state = jax.eval_shape(make, shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, get_args
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 
 from srpo_jax import sharding
 from srpo_jax.models.attention import BACKENDS
+from srpo_jax.models.heads import without_heads
 from srpo_jax.models.layers import Remat
 from srpo_jax.models.logprobs import CHUNK
 from srpo_jax.models.quantize import compute_params
@@ -22,7 +24,8 @@ from srpo_jax.trees import TreeBatch
 
 # Statistics that only some questions have, by how their names begin, and the statistic that tells which questions.
 OVER = dict.fromkeys(("m_", "length_", "slope_", "margin_", "pair_accuracy"), "has_pairs") | {
-    "key_sentence_": "has_key_sentence"
+    "key_sentence_": "has_key_sentence",
+    "head_": "has_safety_label",
 }
 
 
@@ -78,10 +81,14 @@ def tree_loss(
     config: LossConfig,
     compute: ComputeConfig = ComputeConfig(),
     step: jax.Array | int = 0,
+    own: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Loss and statistics of every question of a batch at update `step`, float[B] each; `model` is the policy's module."""
+    """Loss and statistics of every question of a batch at update `step`, float[B] each.
+
+    `model` is the policy's module; `own` holds the parameters of objectives that have any (`LossConfig.parameters`).
+    """
     how = {"remat": compute.remat, "chunk": compute.logprob_chunk, "attention": compute.attention}
-    return total_loss(tree_view(tree_scores(model, batch, **how), batch), config, step)
+    return total_loss(tree_view(tree_scores(model, batch, **how), batch, own), config, step)
 
 
 def make_update(
@@ -103,8 +110,8 @@ def make_update(
     dtype = jnp.dtype(compute.dtype)
 
     def micro_loss(params: dict, frozen: dict, batch: TreeBatch, total: jax.Array, step: jax.Array):
-        model = nnx.merge(graphdef, sharding.unflatten(compute_params(params | frozen, dtype)))
-        per_question, aux = tree_loss(model, batch, loss, compute, step)
+        model = nnx.merge(graphdef, sharding.unflatten(compute_params(without_heads(params | frozen), dtype)))
+        per_question, aux = tree_loss(model, batch, loss, compute, step, params)
         return jnp.sum(per_question * batch.weight) / total, question_sums(per_question, aux, batch.weight)
 
     def update(state: TrainState, frozen: dict[str, jax.Array], batches: TreeBatch):

@@ -87,6 +87,10 @@ class TreeBatch(NamedTuple):
       reference: float32[B, M, L], log-probs under the reference model; None unless `PackConfig.extras` asks.
       key_slots: int32[B], where the key step begins, predicted without the query; None unless `PackConfig.extras` asks.
       key_lengths: int32[B], its tokens, 0 for a path without it; None unless `PackConfig.extras` asks.
+      understanding: int32[B, 2, 2], from and to which token of the buffer the tree goes before its key step, with the prompt
+        and without it; none for a path without that step. None unless `PackConfig.extras` asks.
+      safe: int8[B], 1 for a harmless question, 0 for a risky one, -1 where the record does not say or the path has no key step;
+        None unless `PackConfig.extras` asks.
       pairs: bool[B, M, M], [b+, b-] where favourable b+ is compared with unfavourable b-.
       weight: float32[B], 1 for a question, 0 for a padding tree.
     """
@@ -110,6 +114,8 @@ class TreeBatch(NamedTuple):
     reference: Array | None
     key_slots: Array | None
     key_lengths: Array | None
+    understanding: Array | None
+    safe: Array | None
     pairs: Array
     weight: Array
 
@@ -218,8 +224,9 @@ def pack_trees(
     rows, predictors, targets, slots = zip(*(_pack_buffer(g, each, shape, config) for g in groups), strict=True)
     packed = [_pack_tree(part, shape, config) for part in parts]
     packed += [_padding_tree(packed[0])] * (size - len(trees))
-    path_slots, branch_slots, key_slots = (np.concatenate(x) for x in zip(*slots, strict=True))
-    extras = dict.fromkeys(EXTRAS) | ({"key_slots": key_slots} if "key_slots" in config.extras else {})
+    path_slots, branch_slots, *places = (np.concatenate(x) for x in zip(*slots, strict=True))
+    extras = dict.fromkeys(EXTRAS)
+    extras |= {k: x for k, x in zip(("key_slots", "understanding"), places, strict=True) if k in config.extras}
     batch = TreeBatch(
         rows=Rows(*(np.stack(x) for x in zip(*rows, strict=True))),
         vision=_pack_images(groups, each, shape, nothing),
@@ -323,7 +330,7 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, config: Pa
         context=np.zeros((shape.rows, shape.context), np.int32),
     )
     path_slots, branch_slots = np.zeros(each, np.int32), np.zeros((each, shape.branches), np.int32)
-    key_slots = np.zeros(each, np.int32)
+    key_slots, understanding = np.zeros(each, np.int32), np.zeros((each, 2, 2), np.int32)
     scored: list[np.ndarray] = [np.zeros((2, 0), np.int32)]
     count = first = 0
     offsets = feature_offsets([part.tree.trunk.encoded for part in group])
@@ -343,12 +350,15 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, config: Pa
             scored.append(np.stack([predictors, tokens]).astype(np.int32))
         path_slots[i], branch_slots[i, : len(starts)] = slots[0], slots[1 : len(starts) + 1]
         key_slots[i], count = slots[len(starts) + 1], slots[-1]  # without a key step nothing of it is read
+        if step := trunk.step(config.key_step):
+            understanding[i] = first * row + np.asarray([[0, step[0]], [ends[0], step[0]]])
         first += part.size
     room = (
         shape.rows * row + each * shape.branches
     )  # every token of the buffer, and what the trunk predicts of branches
     predictors, targets = np.concatenate(scored, axis=1)
-    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), (path_slots, branch_slots, key_slots)
+    slots = path_slots, branch_slots, key_slots, understanding
+    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), slots
 
 
 def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, config: PackConfig) -> list[int]:
@@ -414,20 +424,23 @@ def _per_token(values: Sequence[np.ndarray], shape: PackShape, dtype: Any) -> np
 
 def _extras(part: _Tree, shape: PackShape, config: PackConfig) -> dict[str, Any]:
     """The fields of `EXTRAS` that are wanted, save for slots; ValueError names a record whose branches do not tell."""
-    wanted = config.extras
+    wanted, trunk = config.extras, part.tree.trunk
     told: dict[str, list[Any]] = {
         field: [getattr(b, source) for b in part.branches] for field in wanted if (source := EXTRAS[field])
     }
     for field, values in told.items():
         if any(value is None for value in values):
             raise ValueError(
-                f"record {part.tree.trunk.record_id!r}: a branch has no {EXTRAS[field]}, of which TreeBatch.{field} is made; "
+                f"record {trunk.record_id!r}: a branch has no {EXTRAS[field]}, of which TreeBatch.{field} is made; "
                 "see training.annotate"
             )
     extras: dict[str, Any] = {}
     if "key_lengths" in wanted:
-        begin, end = part.tree.trunk.step(config.key_step) or (0, 0)
+        begin, end = trunk.step(config.key_step) or (0, 0)
         extras["key_lengths"] = np.int32(end - begin)
+    if "safe" in wanted:
+        known = trunk.risky is not None and trunk.step(config.key_step)
+        extras["safe"] = np.int8(not trunk.risky if known else -1)
     if "step_lengths" in told:
         extras["step_lengths"] = pad_to(np.asarray(told["step_lengths"], np.int32), shape.branches, 0)
     if "reference" in told:

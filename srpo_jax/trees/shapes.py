@@ -12,6 +12,8 @@ EXTRAS: dict[str, str | None] = {
     "reference": "reference",
     "key_slots": None,
     "key_lengths": None,
+    "understanding": None,
+    "safe": None,
 }
 """Fields of `TreeBatch` that are there on demand, and the field of `Branch` that tells them; None where the trunk does."""
 

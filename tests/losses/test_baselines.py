@@ -273,7 +273,10 @@ def test_safety_is_gated_by_effectiveness():
 def test_safekey_terms_are_cross_entropies():
     logits, safe = np.asarray([1.2, -0.3]), np.asarray([1, 0])
     loss, told = losses.safety_head_loss(jnp.asarray(logits), jnp.asarray(-logits), jnp.asarray(safe))
-    np.testing.assert_allclose(loss, [softplus(-1.2) + softplus(1.2), softplus(-0.3) + softplus(0.3)], rtol=1e-6)
+    expected = [(softplus(-1.2) + softplus(1.2)) / 2, (softplus(-0.3) + softplus(0.3)) / 2]
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    loss, _ = losses.safety_head_loss(jnp.asarray(logits), jnp.asarray(-logits), jnp.asarray(safe), theta=0.25)
+    np.testing.assert_allclose(loss[0], 0.75 * softplus(-1.2) + 0.25 * softplus(1.2), rtol=1e-6)
     assert told["head_accuracy_full"].tolist() == [1, 1] and told["head_accuracy_understanding"].tolist() == [0, 0]
     key = jnp.asarray([[True, False, True], [False, False, False]])
     loss, _ = losses.key_sentence_loss(jnp.asarray([[-1.0, -9.0, -3.0], [-1.0, -1.0, -1.0]]), key)

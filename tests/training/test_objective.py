@@ -22,10 +22,14 @@ def question() -> TreeLogprobs:
 
 def trees_of(branches: losses.BranchLogprobs) -> TreeLogprobs:
     path, key = jnp.asarray([[-1.0, -2.0, -0.5]]), jnp.asarray([[-3.0, -1.0, -9.0]])
-    return TreeLogprobs(path, jnp.asarray([3]), branches, jnp.ones((1, M), int), key, jnp.asarray([2]))
+    logits, safe = (jnp.asarray([0.5]), jnp.asarray([-1.5])), jnp.asarray([1])
+    return TreeLogprobs(path, jnp.asarray([3]), branches, jnp.ones((1, M), int), key, jnp.asarray([2]), logits, safe)
 
 
-FUNCTIONS = {"key_sentence": losses.key_sentence_loss}  # the others have the names of their functions
+FUNCTIONS = {
+    "key_sentence": losses.key_sentence_loss,
+    "safety_heads": losses.safety_head_loss,
+}  # the others have the names of their functions
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -115,6 +119,10 @@ def test_weights_follow_their_schedule(step, weight):
         ({"weights": {"sft": 1.0}, "options": {"sft": {"x": 1}}}, r"sft has no option x; its options: none"),
         ({"weights": {"dpo": 1.0}, "options": {"dpo": {"beta": 0.0}}}, r"dpo: beta=0\.0: it must be more than 0"),
         ({"weights": {"grpo": 1.0}, "options": {"grpo": {"scale": "max"}}}, r"grpo: scale='max': use 'std' or 'none'"),
+        (
+            {"weights": {"safety_heads": 1.0}, "options": {"safety_heads": {"theta": 2.0}}},
+            r"safety_heads: theta=2\.0: a share between 0 and 1",
+        ),
         ({"weights": {"srpo": 0.0}}, r"every objective has weight 0"),
         ({"schedules": {"srpo": ((0, -1.0),)}}, r"schedules\.srpo=.*factors 0 or more"),
     ],
