@@ -120,10 +120,8 @@ def load_run(path: str | Path, step: int | None = None, mesh: jax.sharding.Mesh 
     like = abstract_state(start.params, run.optim.make(), run.trainable, mesh, own=own)
     frozen = place_frozen(start.params, like.frozen)
     start = dataclasses.replace(start, params={})  # room for the trained ones
-    like = like.moving()._replace(
-        params={path: ... if path in own else x for path, x in like.params.items()},
-        opt_state=jax.tree.map(lambda _: ..., like.opt_state),
-    )
+    wanted: dict[str, Any] = {path: ... if path in own else x for path, x in like.params.items()}
+    like = like.moving()._replace(params=wanted, opt_state=jax.tree.map(lambda _: ..., like.opt_state))
     with Checkpointer(run.checkpoints or path / "checkpoints", read_only=True) as checkpoints:
         state, metadata = checkpoints.restore(step, like)
     if metadata.get("frozen") != params_fingerprint(frozen):

@@ -87,8 +87,8 @@ def tree_loss(
 
     `model` is the policy's module; `own` holds the parameters of objectives that have any (`LossConfig.parameters`).
     """
-    how = {"remat": compute.remat, "chunk": compute.logprob_chunk, "attention": compute.attention}
-    return total_loss(tree_view(tree_scores(model, batch, **how), batch, own), config, step)
+    scores = tree_scores(model, batch, remat=compute.remat, chunk=compute.logprob_chunk, attention=compute.attention)
+    return total_loss(tree_view(scores, batch, own), config, step)
 
 
 def make_update(

@@ -357,8 +357,8 @@ def _pack_buffer(group: Sequence[_Tree], each: int, shape: PackShape, config: Pa
         shape.rows * row + each * shape.branches
     )  # every token of the buffer, and what the trunk predicts of branches
     predictors, targets = np.concatenate(scored, axis=1)
-    slots = path_slots, branch_slots, key_slots, understanding
-    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), slots
+    places = path_slots, branch_slots, key_slots, understanding
+    return rows, pad_to(predictors, room, 0), pad_to(targets, room, 0, -1), places
 
 
 def _fill_rows(part: _Tree, first: int, offset: int, rows: Rows, config: PackConfig) -> list[int]:
