@@ -19,7 +19,7 @@ NAMES = ("full", "understanding")
 def init_heads(width: int) -> dict[str, np.ndarray]:
     """Fresh heads by path, float32, for hidden states of `width` numbers.
 
-    They are zero: all logits are 0, and the first update moves the heads alone.
+    They are zero: all logits are 0, and the first gradient of their loss moves the heads alone.
     """
     shapes = {"kernel": (width, 1), "bias": (1,)}
     return {f"{PREFIX}{name}/{part}": np.zeros(shape, np.float32) for name in NAMES for part, shape in shapes.items()}

@@ -30,14 +30,15 @@ def tree(rng, length, ends, branches):
 
 
 def test_the_kernel_has_the_values_and_gradients_of_the_reference(monkeypatch):
-    """Two buffers of two trees, grouped queries, several blocks of the mask, some of them empty."""
+    """Two buffers of two trees, grouped queries, several blocks of the mask, some of them empty; paths that stand there again
+    without their prompts."""
     pytest.importorskip("tokamax")
     from jax.experimental.pallas import tpu
 
     monkeypatch.setattr(splash, "BLOCK", 128)
     rng = np.random.default_rng(0)
     pair = [tree(rng, 150, (60, 90, 120), [40, 60, 30, 20, 64]), tree(rng, 70, (30, 50, 60), [60, 20, 33])]
-    pack = PackConfig((150,), (100,), (8,), 64, (5,), (65,))
+    pack = PackConfig((150,), (100,), (8,), 64, (5,), (65,), extras=("key_lengths", "key_slots"), key_step=2)
     rows = pack_trees([*pair, *pair[::-1]], pack, buffers=2)[0].rows
     q, k, v, weights = (jnp.asarray(rng.normal(size=(2, 16, 64, h, 128)), jnp.float32) for h in (4, 2, 2, 4))
 

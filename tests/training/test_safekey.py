@@ -15,19 +15,25 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from srpo_jax import config as configs
 from srpo_jax import losses, sharding, trees
 from srpo_jax.checkpoint import Checkpointer
 from srpo_jax.data import scenes
 from srpo_jax.files import read_jsonl
 from srpo_jax.inputs import batch_inputs
-from srpo_jax.models import attention
+from srpo_jax.models import attention, splash
 from srpo_jax.models.heads import safety_logits
 from srpo_jax.models.logprobs import token_logprobs
+from srpo_jax.models.lora import LoraConfig, init_adapters, is_adapter
+from srpo_jax.models.policy import load_policy
 from srpo_jax.models.scoring import span_means
+from srpo_jax.runs import load_run
 from srpo_jax.training.loop import train
 from srpo_jax.training.objective import LossConfig
 from srpo_jax.training.state import abstract_state
 from srpo_jax.training.step import ComputeConfig, tree_loss
+from srpo_jax.training.workdir import open_workdir
+from tests.training.killable import small_config
 from tests.training.test_exactness import (
     PACK,
     PROMPT,
@@ -114,6 +120,19 @@ def test_the_terms_have_the_loss_and_gradients_of_separate_forward_passes(pack):
     assert abs(float(with_query - theirs)) > 1e-3  # the check sees a key sentence that reads the query
 
 
+def test_the_kernel_for_tpus_hides_the_query_too():
+    """Its mask of a buffer: every token of a path that stands there again sees the earlier ones, and nothing else."""
+    batch, _ = trees.pack_trees(two_trees(), SHORT)
+    rows = trees.Rows(*(x[0] for x in batch.rows))
+    seen = np.asarray(splash._seen(rows.segments, rows.limits, rows.context))
+    for slot, tree in zip(batch.key_slots, batch.path_targets, strict=True):
+        last = int(batch.predictors[0, slot + STEP - 1])
+        own = np.arange(last - (STEPS * STEP - 2), last + 1)  # rows are filled one after the other
+        assert rows.tokens.reshape(-1)[own].tolist() == tree[: len(own)].tolist()
+        np.testing.assert_array_equal(seen[own][:, own], np.tri(len(own), dtype=bool))
+        assert seen[own].sum() == np.tri(len(own)).sum()
+
+
 def test_a_term_without_weight_leaves_the_program_as_it_is():
     def program(weights):
         config = LossConfig(weights)
@@ -153,6 +172,17 @@ def test_heads_read_the_mean_hidden_states_of_their_spans():
     logits = [means[0, 0] @ kernels[0] + kernels[1], means[0, 1] @ kernels[2] + kernels[3]]
     assert float(loss[0]) == pytest.approx(np.mean([np.log1p(np.exp(x)) for x in logits]), rel=1e-4)
     assert loss.tolist()[1:] == [0, 0] and told["has_safety_label"].tolist() == [1, 0, 0]
+
+
+def test_heads_train_beside_adapters_alone(tiny_policy):
+    shapes = jax.eval_shape(lambda: tiny_policy.params)
+    adapters = jax.eval_shape(lambda: init_adapters(shapes, LoraConfig(2), 0))
+    params = sharding.unflatten(sharding.flatten(shapes) | adapters)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    own = SAFEKEY.parameters(tiny_policy.config.text.hidden_size)
+    state = abstract_state(params, RUN.optim.make(), None, mesh, own=own)
+    assert state.params.keys() == own.keys() | {path for path in adapters if is_adapter(path)}
+    assert jax.tree.structure(state.all_params()) == jax.tree.structure(params)
 
 
 WEIGHTS = {"srpo": 1.0, "key_sentence": 0.2, "safety_heads": 0.2}
@@ -205,3 +235,22 @@ def test_a_resumed_run_has_the_bits_of_heads_and_policy(trained, tiny_policy, tm
     jax.tree.map(np.testing.assert_array_equal, again, params)
     jax.tree.map(np.testing.assert_array_equal, heads_at(copy, 3, tiny_policy), heads_at(workdir, 3, tiny_policy))
     assert (copy / "metrics.jsonl").read_bytes() == (workdir / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [0, 1])
+def test_two_weights_in_the_configuration_train_and_the_export_is_a_policy_without_heads(tmp_path, rounds):
+    config = small_config()
+    config.loss.weights.update(srpo=1.0, key_sentence=0.2, safety_heads=0.2)
+    config.update(rounds=rounds, updates=2)
+    open_workdir(tmp_path / "run", config)
+    mesh, run = configs.build_mesh(config), configs.run_config(config)
+    data, judge = configs.build_records(config), configs.build_judge(config)
+    params = train(configs.build_policy(config, mesh), data, judge, run, tmp_path / "run", mesh)
+    lines = list(read_jsonl(tmp_path / "run" / "metrics.jsonl"))
+    assert [line["has_key_sentence"] for line in lines] == [line["has_safety_label"] for line in lines] == [1, 1]
+    policy, step = load_run(tmp_path / "run")
+    assert step == 2
+    jax.tree.map(np.testing.assert_array_equal, policy.params, params)
+    policy.save(tmp_path / "hf")
+    jax.tree.map(np.testing.assert_array_equal, load_policy(tmp_path / "hf").params, params)
