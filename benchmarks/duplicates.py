@@ -1,15 +1,15 @@
 """Near-duplicates among many records: seconds and memory of the searches, against a comparison of all pairs.
 
-    python benchmarks/duplicates.py [--sizes=1000,10000,100000] [--pairs=10000] [--json=FILE]
+    python benchmarks/duplicates.py [--pictures=1000,10000,100000] [--questions=1000,10000,50000] [--pairs=10000] [--json=FILE]
 
-For each number of records, in a process of its own:
+For each number, in a process of its own:
 
 1. Copies of pictures: hashes of random bits, every tenth a copy of another with up to 12 bits changed; which of them go
    (16 bits) and how they are grouped (48 bits).
 2. Repeated questions: 6 to 16 words drawn by Zipf's law from 3,000, every tenth a copy of another with a word changed; which
    of them go (similarity 90).
-3. Up to --pairs records: the same by comparing all pairs, with numpy and rapidfuzz; the results must be the same.
-4. What is all alike: the same question, the same hash, as many times.
+3. Up to --pairs of them: what goes, by comparing all pairs, with numpy and rapidfuzz; the results must be the same.
+4. What is all alike: the same hash, or question, as many times.
 
 Words are drawn letter by letter; those of a language share more, so that more candidates are compared.
 """
@@ -31,8 +31,9 @@ from srpo_jax import cli
 from srpo_jax.data.similarity import ImageIndex, TextIndex, image_groups, repeated
 from srpo_jax.files import write_json
 
-SIZES = flags.DEFINE_list("sizes", ["1000", "10000", "100000"], "Numbers of records.")
-PAIRS = flags.DEFINE_integer("pairs", 10_000, "Most records of which all pairs are compared.")
+PICTURES = flags.DEFINE_list("pictures", ["1000", "10000", "100000"], "Numbers of pictures.")
+QUESTIONS = flags.DEFINE_list("questions", ["1000", "10000", "50000"], "Numbers of questions.")
+PAIRS = flags.DEFINE_integer("pairs", 10_000, "Most of them of which all pairs are compared.")
 SAVE = flags.DEFINE_string("json", None, "Where to keep the results.")
 COPIES, RELATED, ALIKE = 16, 48, 90.0
 
@@ -80,54 +81,79 @@ def repeats(texts):
     return repeated(TextIndex(texts, ALIKE).near_own, range(len(texts)))
 
 
-def all_pairs(hashes, texts):
-    """What goes among pictures and questions, each compared with all that come after it."""
-    words, plain = hashes.view(np.uint64), [default_process(text) for text in texts]
+def all_pairs_of_hashes(hashes):
+    """What goes, each compared with all that come after it."""
+    words = hashes.view(np.uint64)
 
     def later(i):
         bits = np.bitwise_count(words[i + 1 :] ^ words[i]).sum(axis=1, dtype=np.int16)
         return (i + 1 + np.flatnonzero(bits <= COPIES)).tolist()
 
-    def alike(i):
+    return repeated(later, range(len(words)))
+
+
+def all_pairs_of_texts(texts):
+    """What goes, each compared with all that come after it."""
+    plain = [default_process(text) for text in texts]
+
+    def later(i):
+        if i + 1 == len(plain):
+            return []
         scores = process.cdist(plain[i : i + 1], plain[i + 1 :], scorer=fuzz.ratio, score_cutoff=ALIKE)
-        return (i + 1 + np.flatnonzero(scores[0] >= ALIKE)).tolist() if i + 1 < len(plain) else []
+        return (i + 1 + np.flatnonzero(scores[0])).tolist()
 
-    return lambda: repeated(later, range(len(words))), lambda: repeated(alike, range(len(plain)))
+    return repeated(later, range(len(plain)))
 
 
-def measure(n, pairs, out):
-    """Puts the figures of `n` records into a queue."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def measure_pictures(n, pairs, told):
+    """Puts figures of `n` hashes into `told`."""
     hashes = hashes_of(n)
-    told = {"records": n}
-    gone = timed(told, "pictures_that_go_s", lambda: copies(hashes))
-    groups = timed(told, "groups_of_pictures_s", lambda: image_groups(hashes, RELATED))
-    told["pictures_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    texts = texts_of(n)
-    repeated_texts = timed(told, "questions_that_go_s", lambda: repeats(texts))
-    told["all_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024
-    told |= {"pictures": len(gone), "groups": len(set(groups.tolist())), "questions": len(repeated_texts)}
+    begin = memory()
+    gone = timed(told, "that_go_s", lambda: copies(hashes))
+    told["that_go"], told["that_go_mb"] = len(gone), memory() - begin
+    groups = timed(told, "groups_s", lambda: image_groups(hashes, RELATED))
+    told["groups"], told["groups_mb"] = len(set(groups.tolist())), memory() - begin
     if n <= pairs:
-        pictures, questions = all_pairs(hashes, texts)
-        assert timed(told, "all_pairs_of_pictures_s", pictures) == gone
-        assert timed(told, "all_pairs_of_questions_s", questions) == repeated_texts
+        assert timed(told, "all_pairs_s", lambda: all_pairs_of_hashes(hashes)) == gone
     same = hashes[:1].repeat(n, axis=0)
-    timed(told, "one_picture_s", lambda: (copies(same), image_groups(same, RELATED)))
-    timed(told, "one_question_s", lambda: repeats(texts[:1] * n))
+    timed(told, "all_alike_s", lambda: (copies(same), image_groups(same, RELATED)))
+
+
+def measure_questions(n, pairs, told):
+    """Puts figures of `n` texts into `told`."""
+    texts = texts_of(n)
+    begin = memory()
+    gone = timed(told, "that_go_s", lambda: repeats(texts))
+    told["that_go"], told["that_go_mb"] = len(gone), memory() - begin
+    if n <= pairs:
+        assert timed(told, "all_pairs_s", lambda: all_pairs_of_texts(texts)) == gone
+    timed(told, "all_alike_s", lambda: repeats(texts[:1] * n))
+
+
+def memory():
+    """Megabytes of this process at its peak so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def in_its_own(kind, n, pairs, out):
+    """Runs in a process of its own; puts figures into a queue."""
+    told = {kind: n}
+    (measure_pictures if kind == "pictures" else measure_questions)(n, pairs, told)
     out.put(told)
 
 
 def main(_):
     context, results = multiprocessing.get_context("spawn"), []
-    for size in SIZES.value:
-        out = context.Queue()
-        process_ = context.Process(target=measure, args=(int(size), PAIRS.value, out))
-        process_.start()
-        process_.join()
-        if process_.exitcode:
-            raise SystemExit(f"{size} records: the process ended with {process_.exitcode}")
-        results.append(out.get())
-        print(json.dumps(results[-1]), flush=True)
+    for kind, sizes in (("pictures", PICTURES.value), ("questions", QUESTIONS.value)):
+        for size in sizes:
+            out = context.Queue()
+            child = context.Process(target=in_its_own, args=(kind, int(size), PAIRS.value, out))
+            child.start()
+            child.join()
+            if child.exitcode:
+                raise SystemExit(f"{size} {kind}: the process ended with {child.exitcode}")
+            results.append(out.get())
+            print(json.dumps(results[-1]), flush=True)
     if SAVE.value:
         write_json(SAVE.value, results)
 
