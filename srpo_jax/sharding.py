@@ -6,11 +6,13 @@ vocabulary. Batches are split over `data` and `fsdp` together.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -52,7 +54,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """How the parameter at `path` ("layers/attention/q/kernel") is split; a dimension that does not divide stays whole."""
     axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
     axes = (None,) * (len(shape) - len(axes)) + axes
@@ -80,6 +82,39 @@ def split_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % batch_parts(mesh):
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+
+
+def with_gathered(f: Callable[..., jax.Array], path: str, table: jax.Array) -> Callable[..., jax.Array]:
+    """`f(table, *batch)` as a function of the batch, run by every device of the mesh in scope on its own part of it.
+
+    For a loop that reads a parameter in every round. Left alone, the partitioner gathers the parameter in every round, and in
+    every round reduces its gradient; here it is gathered before the first and reduced, in float32 or wider, after the last.
+
+    Args:
+      f: of the parameter and of arrays whose first axis is the batch's; so is its result.
+      path: of the parameter, for the table.
+      table: the parameter, split by the table over `fsdp`; what `tensor` splits stays split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else batch_parts(mesh)
+
+    def run(*batch: jax.Array) -> jax.Array:
+        if parts == 1 or batch[0].shape[0] % parts:
+            return f(table, *batch)
+        kept = PartitionSpec(*(a if a == "tensor" else None for a in spec_of(path, table.shape, mesh)))
+        each = PartitionSpec(("data", "fsdp"))
+        local = jax.shard_map(
+            lambda whole, *batch: f(whole.astype(table.dtype), *batch),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), *(each for _ in batch)),
+            out_specs=each,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )
+        whole = jax.lax.with_sharding_constraint(table, kept)
+        return local(whole.astype(jnp.promote_types(table.dtype, jnp.float32)), *batch)
+
+    return run
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:

@@ -294,18 +294,17 @@ def tick(model: Qwen2_5_VL, state: EngineState, config: SampleConfig) -> EngineS
     """One more token of every branch, after branches that wait have taken the empty places of their trees."""
     state = assign(state)
     trees, branch, steps = state.trees, state.branch, state.steps
-    rows = jnp.arange(branch.shape[0])[:, None]
     logits = head_logits(state.hidden, model.output_embedding)
-    keys = jax.random.wrap_key_data(trees.keys[rows, branch])
+    keys = jax.random.wrap_key_data(_pick(trees.keys, branch))
     drawn = draw(logits.reshape(-1, logits.shape[-1]), keys.reshape(-1), steps.reshape(-1), config)
     tokens, ties = (x.reshape(branch.shape) for x in drawn)
     loops = state.loops.add(tokens)
     stopped = jnp.isin(tokens, jnp.asarray(config.stop_ids, jnp.int32))
     looped = loops.found(config.loop_tokens) & ~stopped
     samples = record(state, tokens, logprobs_of(logits, tokens), stopped, looped, ties)
-    prefix = trees.prefixes[rows, branch]
+    prefix = _pick(trees.prefixes, branch)
     hidden, cache = model.decode(
-        tokens, trees.starts[rows, prefix] + steps, trees.limits[rows, prefix], state.cache, steps
+        tokens, _pick(trees.starts, prefix) + steps, _pick(trees.limits, prefix), state.cache, steps
     )
     ended = stopped | looped | (steps + 1 >= config.max_tokens)
     return state._replace(
@@ -318,14 +317,21 @@ def tick(model: Qwen2_5_VL, state: EngineState, config: SampleConfig) -> EngineS
     )
 
 
+def _pick(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Of every tree b, `x[b, index[b]]`: [B, W, ...] of x [B, N, ...] and index int32[B, W].
+
+    As a map over trees, which the partitioner leaves where they are; of `x[rows, index]` it gathers all of them first.
+    """
+    return jax.vmap(lambda one, where: one[where])(x, index)
+
+
 def assign(state: EngineState) -> EngineState:
     """Starts the next branches of each tree in its empty places."""
     free = state.branch == IDLE
     candidate = state.following[:, None] + jnp.cumsum(free, axis=1, dtype=jnp.int32) - 1
     fresh = free & (candidate < state.trees.counts[:, None])
     branch = jnp.where(fresh, candidate, state.branch)
-    rows = jnp.arange(branch.shape[0])[:, None]
-    opening = state.trees.openings[rows, state.trees.prefixes[rows, branch]]
+    opening = _pick(state.trees.openings, _pick(state.trees.prefixes, branch))
     none = Loops.start(branch.shape)
     return state._replace(
         following=state.following + jnp.sum(fresh, axis=1, dtype=jnp.int32),
@@ -339,11 +345,17 @@ def assign(state: EngineState) -> EngineState:
 
 def record(state: EngineState, tokens, logprobs, stopped, looped, ties) -> Samples:
     """The samples with one more token [B, W] of every branch that is in a place."""
-    old, rows = state.samples, jnp.arange(state.branch.shape[0])[:, None]
+    old = state.samples
     branch = jnp.where(state.branch == IDLE, old.lengths.shape[1], state.branch)  # out of range: dropped
 
     def put(buffer: jax.Array, new: jax.Array, *step: jax.Array) -> jax.Array:
-        return buffer.at[(rows, branch, *step)].set(new.astype(buffer.dtype), mode="drop")
+        def one(buffer: jax.Array, new: jax.Array, *where: jax.Array) -> jax.Array:  # of one tree, see `_pick`
+            return buffer.at[where].set(new, mode="drop")
+
+        return jax.vmap(one)(buffer, new.astype(buffer.dtype), branch, *step)
+
+    def least(old: jax.Array, new: jax.Array, where: jax.Array) -> jax.Array:
+        return old.at[where].min(new.astype(old.dtype), mode="drop")
 
     return Samples(
         tokens=put(old.tokens, tokens, state.steps),
@@ -351,7 +363,7 @@ def record(state: EngineState, tokens, logprobs, stopped, looped, ties) -> Sampl
         lengths=put(old.lengths, state.steps + 1),
         stopped=put(old.stopped, stopped),
         looped=put(old.looped, looped),
-        ties=old.ties.at[rows, branch].min(ties.astype(old.ties.dtype), mode="drop"),
+        ties=jax.vmap(least)(old.ties, ties, branch),
     )
 
 

@@ -41,13 +41,27 @@ class KVCache(NamedTuple):
 
     def write(self, k: jax.Array, v: jax.Array, steps: jax.Array, layer: jax.Array) -> KVCache:
         """Puts k and v float[B, M, K, D] at position steps int32[B, M] of every branch, into `layer` of a stacked cache."""
-        here = (layer, *(x[..., None] for x in jnp.indices(steps.shape)), jnp.arange(k.shape[2]))
-        step = steps[..., None]
         one = KVCache.of(k[..., None, :, :], v[..., None, :, :], self.key_scales is not None)
-        keys = self.keys.at[(*here, slice(None), step)].set(one.keys[..., 0])
-        values = self.values.at[(*here, step)].set(one.values[..., 0, :])
-        scales = jax.tree.map(lambda old, new: old.at[(*here, step)].set(new[..., 0]), self[2:], one[2:])
+        keys = _put(self.keys, one.keys[..., 0], layer, steps, 5)
+        values = _put(self.values, one.values[..., 0, :], layer, steps, 4)
+        scales = jax.tree.map(lambda old, new: _put(old, new[..., 0], layer, steps, 4), self[2:], one[2:])
         return KVCache(keys, values, *scales)
+
+
+def _put(old: jax.Array, new: jax.Array, layer: jax.Array, steps: jax.Array, axis: int) -> jax.Array:
+    """`old` [layers, B, M, ...] with `new` [B, M, ...] in one layer at index `steps` [B, M] of `axis`.
+
+    Written with batch axes, of which the partitioner knows that no device needs another's. Of indices it does not.
+    """
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, new.ndim)),
+        inserted_window_dims=(0, axis),
+        scatter_dims_to_operand_dims=(0, axis),
+        operand_batching_dims=(1, 2),
+        scatter_indices_batching_dims=(0, 1),
+    )
+    indices = jnp.stack([jnp.broadcast_to(layer, steps.shape), steps], axis=-1)
+    return jax.lax.scatter(old, indices, new.astype(old.dtype), numbers, unique_indices=True, mode="clip")
 
 
 class CombCache(NamedTuple):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from srpo_jax import sharding
 from srpo_jax.models.layers import wide
 
 CHUNK = 1024
@@ -19,9 +22,9 @@ def head_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
 def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk: int = CHUNK) -> jax.Array:
     """log p(target) for every position, `chunk` positions at a time.
 
-    The [positions, V] logits never exist as a whole: each chunk's are recomputed in the backward pass. Chunks are taken along
-    the last axis of positions only, so that a batch that is split over devices stays so. (Skipping chunks without any target
-    by a conditional would cost a gigabyte on a TPU: its gradient copies the head.)
+    The [positions, V] logits never exist as a whole: each chunk's are recomputed in the backward pass. (Skipping chunks
+    without any target by a conditional would cost a gigabyte on a TPU: its gradient copies the head.) On a mesh each device
+    takes its own rows through its own chunks, with the head gathered before the first and its gradient reduced after the last.
 
     Args:
       hidden: float[..., n, D], the final normed hidden state that predicts the target.
@@ -32,10 +35,14 @@ def token_logprobs(hidden: jax.Array, head: jax.Array, targets: jax.Array, chunk
     Returns:
       float32[..., n] (float64 if hidden is float64), 0 where there is no target.
     """
+    some = functools.partial(_in_chunks, chunk=chunk)
+    return sharding.with_gathered(some, "head", head.astype(hidden.dtype))(hidden, targets)
+
+
+def _in_chunks(head: jax.Array, hidden: jax.Array, targets: jax.Array, chunk: int) -> jax.Array:
     *lead, count = targets.shape
     steps = max(1, -(-count // chunk))
     chunk = -(-count // steps)
-
     axis, wanted = len(lead), jnp.maximum(targets, 0)
 
     def split(x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from srpo_jax.models.decoding import CombCache, attend_decode
 from srpo_jax.models.layers import INIT_STD, GatedMLP, Linear, Remat, RMSNorm, rematerialised, rotate, stacked
 from srpo_jax.models.logprobs import head_logits
 from srpo_jax.models.vision import VisionTower
+from srpo_jax.sharding import split_batch
 from srpo_jax.trees import Rows
 
 # (queries, keys, values) -> (attention output, anything the caller wants to keep of this layer)
@@ -175,11 +176,11 @@ class Qwen2_5_VL(nnx.Module):
         attend = attention.tree_attention(rows, backend)
 
         def step(layer, x):
-            return layer(x, angles, lambda q, k, v: (attend(q, k, v), None))
+            return layer(split_batch(x), angles, lambda q, k, v: (attend(q, k, v), None))
 
         x = self.embed_tokens(tokens, slots, features)
         x, _ = self._scan(step, x.reshape(*rows.tokens.shape, -1), remat=remat)
-        return self.norm(x)
+        return self.norm(split_batch(x))
 
     def prefill(self, packed: PackedInputs) -> tuple[jax.Array, KeyValues]:
         """The trunks of `packed`, each causal in itself: images encoded and tokens run once, end to end.
