@@ -6,7 +6,6 @@ vocabulary. Batches are split over `data` and `fsdp` together.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
