@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from srpo_jax.preflight.programs import Program
@@ -21,7 +21,15 @@ _COLLECTIVE = re.compile(rf" ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 _CALLED = re.compile(r"(?:body|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CONSTANT = re.compile(r"^ *%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_CONSTANT = re.compile(r"^ *%?([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
+_ROUNDS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# What a TPU's compiler makes of collectives: one that runs beside other work is named by every piece of that work; one whose
+# parts meet a product as they arrive is a loop of permutations, begun by one before it; a reduce-scatter has a name of its own.
+_PIECE, _BEGUN = 'chain_id="', "AsyncCollectiveStart"
+_WINDOWED = re.compile(r" while\(.*body=%?\S*windowed_dot_general_body_(ag|rs)")
+_SCATTERED = "all-reduce-scatter"
+_ALONE = re.compile(r"replica_groups=\{\{\d+\}(?:,\{\d+\})*\}")  # over an axis of one device
+_RESULT = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _COUNTS_TO = re.compile(r"^ *ROOT .* compare\(.*%([\w.\-]+)\), direction=LT")
 
 
@@ -78,40 +86,80 @@ def _parts(program: Program, told: Any) -> dict[str, int]:
 
 
 def collectives(hlo: str) -> dict[str, int]:
-    """How often a compiled program runs each kind of collective, loops included.
+    """How often a compiled program runs each kind of collective, loops included (see `collective_runs`)."""
+    total: collections.Counter[str] = collections.Counter()
+    for (kind, _), times in collective_runs(hlo).items():
+        total[kind] += times
+    return {kind: total[kind] for kind in COLLECTIVES}
 
-    A loop whose length the data decide (decoding) counts once: its collectives are those of one step.
+
+def collective_runs(hlo: str) -> collections.Counter[tuple[str, tuple[str, ...]]]:
+    """How often a compiled program runs each collective, by kind and results ("f32[8,64]"), loops included.
+
+    A loop whose length the data decide (decoding) counts once: its collectives are those of one step. A gather or a
+    reduce-scatter that the compiler spread over the product that it belongs to counts as what it is, once; its result is then
+    unknown (). Those of one device alone are none.
 
     Args:
       hlo: text of a compiled module.
     """
-    own: dict[str, collections.Counter[str]] = {}
-    calls: dict[str, list[tuple[str, str]]] = collections.defaultdict(
-        list
-    )  # callee, and the condition if it is a loop's body
+    own: dict[str, collections.Counter[tuple[str, tuple[str, ...]]]] = {}
+    calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)  # callee, and how often a call runs it
     limits = _loop_limits(hlo)
-    entry = here = ""
-    for line in hlo.splitlines():
-        if (head := _COMPUTATION.match(line)) is not None:
-            here = head[1]
-            own[here] = collections.Counter()
-            entry = here if line.startswith("ENTRY") else entry
-        elif here and " = " in line:
-            if (kind := _COLLECTIVE.search(line)) is not None:
-                own[here][kind[1]] += 1
+    entry = ""
+    for here, is_entry, lines in _computations(hlo):
+        entry = here if is_entry else entry
+        own[here] = _own_collectives(here, lines)
+        for line in lines:
+            if _WINDOWED.search(line):
+                continue
             condition = found[1] if (found := _CONDITION.search(line)) else ""
+            times = int(known[1]) if condition and (known := _ROUNDS.search(line)) else limits.get(condition, 1)
             names = _CALLED.findall(line) + [n for g in _BRANCHES.findall(line) for n in re.findall(r"[\w.\-]+", g)]
-            calls[here] += [(name, condition) for name in names]
-    total: collections.Counter[str] = collections.Counter()
+            calls[here] += [(name, times) for name in names]
+    total: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
 
     def walk(name: str, times: int) -> None:
-        for kind, count in own.get(name, {}).items():
-            total[kind] += count * times
-        for inner, condition in calls[name]:
-            walk(inner, times * limits.get(condition, 1))
+        for what, count in own.get(name, {}).items():
+            total[what] += count * times
+        for inner, each in calls[name]:
+            walk(inner, times * each)
 
     walk(entry, 1)
-    return {kind: total[kind] for kind in COLLECTIVES}
+    return total
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, bool, list[str]]]:
+    """Name, whether it is the entry, and instructions of every computation of a module."""
+    here, is_entry = "", False
+    lines: list[str] = []
+    for line in [*hlo.splitlines(), "end {"]:
+        if (head := _COMPUTATION.match(line)) is not None or line == "end {":
+            if here:
+                yield here, is_entry, lines
+            here, is_entry, lines = head[1] if head else "", line.startswith("ENTRY"), []
+        elif " = " in line:
+            lines.append(line)
+
+
+def _own_collectives(name: str, lines: list[str]) -> collections.Counter[tuple[str, tuple[str, ...]]]:
+    """The collectives that a computation begins itself."""
+    own: collections.Counter[tuple[str, tuple[str, ...]]] = collections.Counter()
+    begins = any(_BEGUN in line for line in lines)
+    spread = [found[1] for line in lines if (found := _WINDOWED.search(line))]
+    openings = len(spread)
+    for line in lines:
+        found = _COLLECTIVE.search(line)
+        if found is None or _ALONE.search(line) or (_PIECE in line and not begins):
+            continue
+        kind = "reduce-scatter" if name.startswith(_SCATTERED) else found[1]
+        if kind == "collective-permute" and openings:
+            openings -= 1
+            continue
+        results = _RESULT.findall(line.split(" = ", 1)[1].split(found[0])[0])
+        own[kind, tuple(f"{dtype}[{sizes}]" for dtype, sizes in results)] += 1
+    own.update(("all-gather" if how == "ag" else "reduce-scatter", ()) for how in spread)
+    return own
 
 
 def _loop_limits(hlo: str) -> dict[str, int]:
