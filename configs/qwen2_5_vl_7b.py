@@ -9,7 +9,7 @@
 On v5e-16, one question per chip (a trunk of at most 2,048 tokens with 4,096 patches, 24 branches of at most 512), an update
 cannot take less than 2.23 s for `lora` and 3.23 s for `full`. Parameters, optimizer and the loaded policy
 take 1.41 and 6.29 GiB of a chip, by formula.
-`full` compiled: 18.6 of 15.75 GiB, so it does not fit; `lora` was not compiled. See docs/preflight.md.
+`full` compiled: 18.3 of 15.75 GiB, so it does not fit; `lora` was not compiled. See docs/preflight.md.
 
 `:lora,runlocal` and `:full,runlocal` run the same on a laptop, small (see srpo_jax/recipes.py).
 """

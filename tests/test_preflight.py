@@ -200,6 +200,50 @@ def test_collectives_are_counted_as_often_as_they_run():
     assert counted["all-to-all"] == 0
 
 
+TPU_HLO = """
+HloModule jit_f
+
+%condition (p: (u32[], f32[8])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(4)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%windowed_dot_general_body_ag (p: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %start = (f32[8], f32[8]) collective-permute-start(%p), channel_id=1
+  %done = f32[8] collective-permute-done(%start)
+}
+
+%begin (p: f32[8]) -> f32[64] {
+  %piece = f32[64] all-gather(%p), channel_id=2, frontend_attributes={chain_id="0"}
+  ROOT %call = f32[64] custom-call(%piece), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p: f32[8]) -> f32[64] {
+  ROOT %piece.1 = f32[64] all-gather(%p), channel_id=2, frontend_attributes={chain_id="0"}
+}
+
+%all-reduce-scatter.1 (p: f32[64]) -> f32[8] {
+  %sum = f32[64] all-reduce(%p), channel_id=3, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%sum
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %first = (f32[8], f32[8]) collective-permute-start(%a), channel_id=4
+  %loop = (u32[], f32[8]) while(%first), condition=%condition, body=%windowed_dot_general_body_ag
+  %started = f32[64] fusion(%a), kind=kCustom, calls=%begin
+  %product = f32[64] fusion(%a), kind=kOutput, calls=%beside
+  %alone = f32[8] all-reduce(%a), replica_groups={{0},{1},{2}}, to_apply=%sum
+  ROOT %part = f32[8] fusion(%product), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+
+
+def test_a_collective_counts_once_however_a_tpu_overlaps_it():
+    """Pieces beside other work are one gather, a loop of permutations within a product another; one device has none."""
+    counted = report.collectives(TPU_HLO)
+    assert {kind: n for kind, n in counted.items() if n} == {"all-gather": 2, "reduce-scatter": 1}
+    assert report.collective_runs(TPU_HLO)["all-gather", ("f32[64]",)] == 1
+
+
 @pytest.mark.parametrize("name", ["v5e", "v4-8", "v5e:", "8"])
 def test_a_slice_that_nobody_rents_is_refused(name):
     with pytest.raises(ValueError, match="v5e-16"):
