@@ -69,6 +69,11 @@ def test_the_head_is_gathered_once_and_its_gradient_reduced_once(told):
     assert (moved(one, "update", "all-reduce") + moved(one, "update", "reduce-scatter"))[head] == 1
 
 
+@pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
+def test_a_gathered_head_changes_no_log_prob_and_no_gradient(told, mesh):
+    assert told[mesh]["difference"] < 1e-4
+
+
 def test_a_decoded_token_gathers_every_kernel_once(told):
     one = told["1x8x1"]
     layers = one["params"]["layers/attention/q/kernel"][0]
