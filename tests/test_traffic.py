@@ -91,5 +91,7 @@ def test_over_tensor_a_decoded_token_reduces_twice_per_layer(told):
     one = told["2x2x2"]
     (layers, hidden), (trees, width) = one["params"]["layers/mlp_norm/scale"], one["width"]
     states = "f32", tuple(sorted(n for n in (2 * trees, width, hidden) if n > 1))
-    assert not moved(one, "explore", "collective-permute")
+    permuted = moved(one, "explore", "collective-permute")
+    assert not floats(permuted)
+    assert sum(permuted.values()) <= 1  # token ids, for the embedding
     assert moved(one, "explore", "all-reduce")[states] == 2 * layers + 1
