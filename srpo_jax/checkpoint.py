@@ -189,7 +189,8 @@ class Checkpointer:
 
     def _open_reader(self) -> ocp.training.Checkpointer:
         for _ in range(99):
-            with contextlib.suppress(FileNotFoundError):  # the writer deleted a step while Orbax was looking at it
+            # The writer deleted a step while Orbax was looking at it, or between its two looks.
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 return ocp.training.Checkpointer(self.directory)
         return ocp.training.Checkpointer(self.directory)
 
