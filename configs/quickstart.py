@@ -3,7 +3,7 @@
     python scripts/train.py --config=configs/quickstart.py --workdir=runs/srpo
 
 `make quickstart` runs it beside SFT on the same trunks (`--config.rounds=0`) and prints the table.
-Expected: four minutes on two cores; answered safely and effectively, of 400 risky prompts at temperature 1: base 28.0 %,
+Expected: four minutes on two cores; answered safely and effectively, of 400 risky prompts at temperature 1: base 28.2 %,
 SFT 61 %, SRPO 75 %.
 """
 
