@@ -36,15 +36,13 @@ TITLES = {"safety": "safer", "helpfulness": "more helpful"}
 AGREED = {("first", "second"): "win", ("second", "first"): "loss", ("tie", "tie"): "tie"}
 OUTCOMES = ("win", "tie", "loss", "inconsistent", "failed", "unanswered")
 HEADS = (
-    *(
-        "which answer is",
-        "prompts",
-        "wins",
-        "losses",
-        "wins − losses",
-        "same in both orders",
-        "prefers the first place",
-    ),
+    "which answer is",
+    "prompts",
+    "wins",
+    "losses",
+    "wins − losses",
+    "same in both orders",
+    "prefers the first place",
     "wins, like length",
 )
 

@@ -271,9 +271,8 @@ def _without_repeats(
 def _repeats(candidates: Sequence[Candidate], config: BuildConfig, given: int) -> dict[int, int]:
     """Candidates whose question goes → an earlier one that it repeats; the first `given` stay."""
     parts: dict[str, list[int]] = {}
-    for place, candidate in enumerate(
-        candidates
-    ):  # where any number may repeat each other, only related pictures count
+    # Where any number may repeat each other, only related pictures count.
+    for place, candidate in enumerate(candidates):
         parts.setdefault(candidate.picture.group if config.repeats is None else "", []).append(place)
     gone: dict[int, int] = {}
     for places in parts.values():
