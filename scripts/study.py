@@ -4,11 +4,14 @@ python scripts/study.py --config=configs/study/main.py --workdir=runs/study [--p
 [--methods=sft,srpo]
 
 Killed, the same command goes on; `--page` alone reads what is there. `--seeds` and `--methods` stop after a part, which
-the next call completes; the design stays that of the configuration.
+the next call completes; the design stays that of the configuration. Several processes share the runs: start the same
+command once per accelerator, or once per core (`taskset -c 0 python scripts/study.py ...`, `taskset -c 1 ...`).
 """
 
 import json
 import sys
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -18,9 +21,9 @@ from ml_collections import config_flags
 from srpo_jax import cli
 from srpo_jax import config as configs
 from srpo_jax.evaluation import config as evaluation
-from srpo_jax.files import write_json
+from srpo_jax.files import claim, write_json
 from srpo_jax.study.analysis import choose
-from srpo_jax.study.cells import Bench, run_cell
+from srpo_jax.study.cells import Bench, run_cell, share_out
 from srpo_jax.study.design import BASE, measured_cells, read_design, tuning_cells
 from srpo_jax.study.page import render
 from srpo_jax.training.workdir import open_workdir
@@ -37,7 +40,7 @@ def main(_):
         jax.config.update("jax_compilation_cache_dir", str(Path(WORKDIR.value).absolute() / "programs"))
     config = CONFIG.value
     design = read_design(config)
-    workdir = open_workdir(WORKDIR.value, config)
+    workdir = open_workdir(WORKDIR.value, config, shared=True)
     mesh = configs.build_mesh(config)
     bench = Bench(config, design, configs.build_policy(config, mesh), mesh, workdir)
     wanted = {BASE, *(METHODS.value or design.methods)}
@@ -45,28 +48,56 @@ def main(_):
     cells = list(measured_cells(design))
     seeds = design.seeds if SEEDS.value is None else SEEDS.value
     part = [cell for cell in cells if cell.seed < seeds and cell.method in wanted]
-    for number, cell in enumerate(part, 1):
-        row = run_cell(bench, cell, chosen.get(cell.method))
-        told = f"S&E {share(row['SE'])}, helped {share(row['helpful'])}, {row['seconds']:.0f} s"
-        print(f"{number}/{len(part)} {cell.name}: {told}", flush=True)
-    rows = [run_cell(bench, cell, None) for cell in cells if (workdir / "cells" / f"{cell.name}.json").exists()]
-    if rows:
-        text, picture = render(design, rows, chosen, clusters_of(config), len(cells), "python " + " ".join(command()))
-        page = Path(PAGE.value or workdir / "study.md")
-        page.write_text(text, encoding="utf-8")
-        (page.parent / "study.svg").write_text(picture, encoding="utf-8")
-        print(f"{len(rows)} of {len(cells)} test runs are in {page}")
+    # One process does all of a seed: its methods share trees, and its first runs set the budget of the later ones.
+    run_all(bench, part, [chosen.get(cell.method) for cell in part], [f"seed{cell.seed}" for cell in part])
+    with claim(workdir / "claims" / "page", wait=True):
+        write_page(bench, cells, chosen)
 
 
 def tuned(bench, cells):
     """The chosen trial of every method. A choice is kept once made: test runs depend on it."""
     file = bench.workdir / "chosen.json"
-    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    rows = [run_cell(bench, cell, cell.trial) for cell in cells if cell.method not in known]
-    known |= choose(rows)
-    write_json(file, known)
+    run_all(bench, cells, [cell.trial for cell in cells], [f"tune-{cell.method}" for cell in cells])
+    with claim(bench.workdir / "claims" / "chosen", wait=True):
+        known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        known |= choose([run_cell(bench, cell, cell.trial) for cell in cells if cell.method not in known])
+        write_json(file, known)
     alone = {name: 0 for name, trials in bench.design.trials.items() if len(trials) == 1}
     return alone | known
+
+
+def run_all(bench, cells, trials, groups):
+    """Runs cells with their trials, those of a group by one process and in order; returns when all are there."""
+    work = defaultdict(list)
+    for number, (cell, trial, group) in enumerate(zip(cells, trials, groups, strict=True), 1):
+        work[group].append((f"{number}/{len(cells)}", cell, trial))
+    share_out(bench.workdir / "claims", {group: partial(run_group, bench, mine) for group, mine in work.items()})
+
+
+def run_group(bench, numbered):
+    for number, cell, trial in numbered:
+        row = run_cell(bench, cell, trial)
+        told = f"S&E {share(row['SE'])}, helped {share(row['helpful'])}, {row['seconds']:.0f} s"
+        print(f"{number} {cell.name}: {told}", flush=True)
+
+
+def write_page(bench, cells, chosen):
+    rows = [run_cell(bench, cell, None) for cell in cells if (bench.workdir / "cells" / f"{cell.name}.json").exists()]
+    if rows:
+        page = Path(PAGE.value or bench.workdir / "study.md")
+        picture = page.with_suffix(".svg")
+        text, drawn = render(
+            bench.design,
+            rows,
+            chosen,
+            clusters_of(bench.config),
+            len(cells),
+            "python " + " ".join(command()),
+            picture.name,
+        )
+        page.write_text(text, encoding="utf-8")
+        picture.write_text(drawn, encoding="utf-8")
+        print(f"{len(rows)} of {len(cells)} test runs are in {page}")
 
 
 def clusters_of(config):

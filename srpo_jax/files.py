@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -25,10 +26,14 @@ class LockedError(RuntimeError):
     """Another process works there."""
 
 
-def lock_folder(folder: str | Path) -> None:
+def lock_folder(folder: str | Path, *, shared: bool = False) -> None:
     """Takes a folder for this process until it ends, however it ends; again in the same process it does nothing.
 
     Only those who lock it are kept out: reading needs no lock. On a file system without locks it warns and goes on.
+
+    Args:
+      folder: must exist.
+      shared: let in others who share it, too.
 
     Raises:
       LockedError: another process has it; names the process and its machine.
@@ -39,7 +44,7 @@ def lock_folder(folder: str | Path) -> None:
     if held is not None and path.exists() and os.path.samestat(os.fstat(held), path.stat()):
         return
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    if not _lock(file, path):
+    if not _lock(file, path, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB):
         owner = os.read(file, 100).decode(errors="replace").strip()
         os.close(file)
         raise LockedError(
@@ -50,10 +55,30 @@ def lock_folder(folder: str | Path) -> None:
     _held[path] = file
 
 
-def _lock(file: int, path: Path) -> bool:
+@contextlib.contextmanager
+def claim(path: str | Path, *, wait: bool = False) -> Iterator[bool]:
+    """Holds a piece of work that several processes could do, until the block ends or this process is killed.
+
+    Args:
+      path: a file that stands for the work; made with its folder where missing, and left there.
+      wait: until whoever has it lets go.
+
+    Yields:
+      Whether it is held; False if another has it. Always true on a file system without locks, after a warning.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        yield _lock(file, path, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(file)
+
+
+def _lock(file: int, path: Path, how: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> bool:
     """Locks an open file until it is closed; False if somebody else has. The kernel lets go of it after a kill, too."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how)
     except BlockingIOError:
         return False
     except OSError as error:

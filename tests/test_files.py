@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from srpo_jax.files import JsonLines, LockedError, lock_folder, read_jsonl, write_json
+from srpo_jax.files import JsonLines, LockedError, claim, lock_folder, read_jsonl, write_json
 
 
 @pytest.fixture
@@ -98,6 +98,16 @@ def test_a_folder_that_was_made_anew_is_locked_anew(tmp_path):
         assert f"pid {os.getpid()} " in (folder / ".lock").read_text()
         (folder / ".lock").unlink()
         folder.rmdir()
+
+
+def test_a_claim_is_held_by_one_and_let_go_at_the_end(tmp_path):
+    work = tmp_path / "claims" / "seed 0"
+    with claim(work) as mine:
+        assert mine
+        with claim(work) as theirs:
+            assert not theirs
+    with claim(work, wait=True) as mine:
+        assert mine
 
 
 def test_cut_keeps_the_leading_records(tmp_path):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from srpo_jax.evaluation.judging import Judged, judge_responses
 from srpo_jax.exploration.adaptive import AdaptiveConfig, generated_tokens, replay
 from srpo_jax.exploration.explorer import branch_text, explore
 from srpo_jax.exploration.trunks import GRAMMAR, make_trunk
-from srpo_jax.files import write_json
+from srpo_jax.files import claim, write_json
 from srpo_jax.flops import TreeSize, exploration_flops, forward_flops, update_flops
 from srpo_jax.judges import rules
 from srpo_jax.models.policy import Policy
@@ -69,6 +69,24 @@ def run_cell(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
     return row
 
 
+def share_out(folder: Path, groups: Mapping[str, Callable[[], object]]) -> None:
+    """Does all pieces of work, or waits for other processes that do the same; returns when every piece is done.
+
+    Args:
+      folder: where claims are kept; the same for all processes.
+      groups: by name, what does a piece of work, or nothing where it is done already.
+    """
+    left = dict(groups)
+    while left:
+        before = len(left)
+        for name in list(left):
+            with claim(folder / name) as mine:
+                if mine:
+                    left.pop(name)()
+        if len(left) == before:  # all that is left is in other hands, or comes back to ours if they are killed
+            time.sleep(1)
+
+
 def _run(bench: Bench, cell: Cell, trial: int | None) -> dict[str, Any]:
     """What a run costs and finds. One whose budget is as many updates as it has anyway is that other run."""
     config, options = cell_config(bench.config, bench.design, cell, trial)
@@ -110,14 +128,16 @@ def cell_trees(
         "favourable": ""
     }  # verdicts are kept whole; what counts is applied afterwards
     origin = json.dumps([config.seed, settings, config.data.to_dict(), config.policy.to_dict(), config.judge])
-    folder = bench.workdir / "trees" / hashlib.sha256(origin.encode()).hexdigest()[:12]
+    name = hashlib.sha256(origin.encode()).hexdigest()[:12]
+    folder = bench.workdir / "trees" / name
     judge, key = configs.build_judge(config), jax.random.key(run.seed)
     params = bench.policy.params
-    trees = explore(bench.policy, params, everything, run.explore, judge, key, folder=folder)
-    chosen = {record.id: record for record in records}
-    trees = [tree for tree in trees if tree.trunk.record_id in chosen]
-    trees = [changed(tree, chosen[tree.trunk.record_id], options, run, bench.policy) for tree in trees]
-    return annotate(trees, bench.policy, run.pack, run.compute, run.batch.trees, folder)
+    with claim(bench.workdir / "claims" / f"trees-{name}", wait=True):  # whoever comes second finds them there
+        trees = explore(bench.policy, params, everything, run.explore, judge, key, folder=folder)
+        chosen = {record.id: record for record in records}
+        trees = [tree for tree in trees if tree.trunk.record_id in chosen]
+        trees = [changed(tree, chosen[tree.trunk.record_id], options, run, bench.policy) for tree in trees]
+        return annotate(trees, bench.policy, run.pack, run.compute, run.batch.trees, folder)
 
 
 def changed(tree: ReasoningTree, record: Record, options: TreeOptions, run: RunConfig, policy: Policy) -> ReasoningTree:

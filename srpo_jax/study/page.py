@@ -22,6 +22,7 @@ def render(
     clusters: Mapping[str, Sequence[str]],
     planned: int,
     command: str,
+    picture: str,
 ) -> tuple[str, str]:
     """The page in Markdown and its picture in SVG.
 
@@ -32,6 +33,7 @@ def render(
       clusters: of the test prompts, by endpoint.
       planned: test runs of the whole study.
       command: that made the page.
+      picture: name of the picture's file.
     """
     groups = by_method(rows)
     found = effects(groups, design, clusters)
@@ -45,7 +47,7 @@ def render(
     ]
     for budget in design.budgets:
         parts.append(f"## {PLAN[budget].capitalize()}\n\n" + _rates_table(groups, design, clusters, budget))
-    parts.append(f"## {design.method} less the others\n\n![effects](study.svg)\n\n" + _effects_table(found, design))
+    parts.append(f"## {design.method} less the others\n\n![effects]({picture})\n\n" + _effects_table(found, design))
     parts.append("## Degenerate ends\n\n" + _warnings(groups))
     if chosen:
         picked = "\n".join(f"* {name}: {dict(design.trials[name][trial])}" for name, trial in chosen.items())
@@ -134,5 +136,5 @@ def svg(found: Sequence[Effect]) -> str:
     )
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{height}" font-family="sans-serif" '
-        f'font-size="12">{axis}{"".join(lines)}{ticks}</svg>\n'
+        f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>{axis}{"".join(lines)}{ticks}</svg>\n'
     )

@@ -15,7 +15,7 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from srpo_jax import distributed
-from srpo_jax.files import JsonLines, lock_folder, write_json
+from srpo_jax.files import JsonLines, claim, lock_folder, write_json
 
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
@@ -28,7 +28,7 @@ class WorkdirError(ValueError):
     """A work directory that belongs to something else."""
 
 
-def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
+def open_workdir(path: str | Path, config: ml_collections.ConfigDict, *, shared: bool = False) -> Path:
     """Creates the work directory of a run, or opens it again to resume the same run.
 
     The first call writes `config.json`; later calls compare with it, so that a run never continues under another
@@ -38,6 +38,7 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
     Args:
       path: the directory; created with its parents if missing.
       config: every field a JSON value.
+      shared: let in other jobs that share it, too; they see to it that no two do the same (`files.claim`).
 
     Returns:
       The directory.
@@ -55,11 +56,11 @@ def open_workdir(path: str | Path, config: ml_collections.ConfigDict) -> Path:
             "appended to its files; checkpoints alone can be there: --config.checkpoints=ADDRESS"
         )
     wanted = _plain(config.to_dict())
-    distributed.on_lead(lambda: _open(Path(path), wanted))
+    distributed.on_lead(lambda: _open(Path(path), wanted, shared))
     return Path(path)
 
 
-def _open(path: Path, wanted: dict[str, Any]) -> None:
+def _open(path: Path, wanted: dict[str, Any], shared: bool) -> None:
     if path.exists() and not path.is_dir():
         raise WorkdirError(f"{path} is a file; a work directory is needed")
     file = path / CONFIG_FILE
@@ -71,11 +72,12 @@ def _open(path: Path, wanted: dict[str, Any]) -> None:
             f"{path} holds {', '.join(others[:5])} but no {CONFIG_FILE}, so it is no work directory; "
             "choose a new or empty directory"
         )
-    lock_folder(path)
-    if file.exists():
-        _compare(wanted, read_config(path), path)
-    else:
-        write_json(file, wanted)
+    lock_folder(path, shared=shared)
+    with claim(path / ".opening", wait=True):
+        if file.exists():
+            _compare(wanted, read_config(path), path)
+        else:
+            write_json(file, wanted)
 
 
 class NoLog:

@@ -153,11 +153,13 @@ def test_every_degenerate_end_is_told(change, text):
 def test_the_page_tells_what_is_missing_and_escapes_names():
     rows = [row(m, s, 0.5) for m in (BASE, "sft", "srpo") for s in range(2)]
     clusters = {name: ["a", "b"] * 20 for name in ("SE", "helpful")}
-    text, picture = render(SMALL, rows, {}, clusters, 8, "python scripts/study.py --config=x")
+    text, picture = render(SMALL, rows, {}, clusters, 8, "python scripts/study.py --config=x", "x.svg")
     assert (
         "**incomplete: 6 of 8 test runs**" in text and "An exploration: no p-values." in text and "None found." in text
     )
-    assert picture.startswith("<svg") and picture.count("<circle") == 4  # base and sft, two endpoints
+    assert (
+        "(x.svg)" in text and picture.startswith("<svg") and picture.count("<circle") == 4
+    )  # base and sft, two endpoints
     design = Design({"<b>": {}, "srpo": {}}, {}, seeds=1, confirmatory=False)
     found = effects({(m, "updates"): [row(m, 0, 0.5)] for m in ("<b>", "srpo")}, design, clusters)
     assert "<b>" not in svg(found) and "&lt;b&gt;" in svg(found)

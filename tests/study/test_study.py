@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -74,6 +76,23 @@ def test_a_study_shares_trees_keeps_budgets_and_resumes(bench, monkeypatch):
     assert not list((bench.workdir / "runs").iterdir())  # no states are left behind
     monkeypatch.setattr(cells, "train", lambda *args, **kw: pytest.fail("trained again"))
     assert {cell: run_cell(bench, cell, None) for cell in rows} == rows
+
+
+def test_two_processes_share_the_work_and_each_piece_is_done_once(tmp_path):
+    """Two that find the same list do every piece once, and neither is done before both are."""
+    code = (
+        "import sys, time; from pathlib import Path; from srpo_jax.study.cells import share_out\n"
+        "folder = Path(sys.argv[1])\n"
+        "def piece(name):\n"
+        "    if not (folder / name).exists(): time.sleep(0.3); (folder / name).open('x').close(); print(name)\n"
+        "share_out(folder / 'claims', {str(i): lambda i=i: piece(str(i)) for i in range(6)})\n"
+        "assert sum(p.is_file() for p in folder.iterdir()) == 6\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=120)[0].split() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(told[0] + told[1]) == list("012345")
 
 
 def test_a_budget_in_flops_waits_for_the_method_that_sets_it(bench):

@@ -93,6 +93,24 @@ def test_two_processes_never_share_a_work_directory(tmp_path):
     assert open_workdir(tmp_path / "run", wanted) == open_workdir(tmp_path / "run", wanted)
 
 
+def test_jobs_that_share_a_work_directory_keep_others_out(tmp_path):
+    code = (
+        "import sys, ml_collections; from srpo_jax.training.workdir import open_workdir\n"
+        "open_workdir(sys.argv[1], ml_collections.ConfigDict({'a': 1}), shared=True)\n"
+        "print('open', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    wanted = ml_collections.ConfigDict({"a": 1})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        try:
+            assert first.stdout.readline() == "open\n"
+            with pytest.raises(LockedError, match="run is in use by another process"):
+                open_workdir(tmp_path / "run", wanted)
+            assert open_workdir(tmp_path / "run", wanted, shared=True) == tmp_path / "run"
+        finally:
+            first.send_signal(signal.SIGKILL)
+
+
 def test_metrics_are_cut_back_to_the_restored_step(tmp_path):
     with MetricsLog(tmp_path) as log:
         for step in range(1, 6):
