@@ -30,6 +30,9 @@ SAMPLES = {name: COLUMNS[name] for name in ("S", "E", "SE", "over_refusal")}
 IDENTITY = ("name", "step", "evaluator", "decoding", "benchmark")
 """What tells rows apart."""
 
+ASKED_APART = ("pairwise", "interventions")
+"""What an evaluation finds on demand alone."""
+
 
 class ResultsError(ValueError):
     """A file that is no `results.json`."""
@@ -61,6 +64,8 @@ def add_result(
 ) -> dict[str, Any]:
     """Adds an evaluation to `results.json`, or replaces that of the same `IDENTITY` in its place.
 
+    What was `ASKED_APART` stays where it is not asked again, as long as the row is of the same parameters and prompts.
+
     Args:
       path: the file; written so that a reader sees the old or the new one, never a part.
       entry: from `evaluate`.
@@ -82,10 +87,18 @@ def _put(rows: list[dict[str, Any]], row: Mapping[str, Any]) -> None:
     """Replaces the row of the same identity in its place, else appends."""
     what = [[other.get(key) for key in IDENTITY] for other in rows]
     mine = [row.get(key) for key in IDENTITY]
-    if mine in what:
-        rows[what.index(mine)] = dict(row)
-    else:
+    if mine not in what:
         rows.append(dict(row))
+        return
+    place = what.index(mine)
+    old = rows[place] if _answers(rows[place]) == _answers(row) else {}
+    rows[place] = {key: old[key] for key in ASKED_APART if key in old} | dict(row)
+
+
+def _answers(row: Mapping[str, Any]) -> list[Any]:
+    """What a row's answers depend on beside its identity."""
+    told = row.get("provenance") or {}
+    return [told.get("params"), told.get("prompts")]
 
 
 def render(results: Mapping[str, Any], *, splits: bool = True) -> str:

@@ -44,6 +44,19 @@ def test_steps_and_benchmarks_of_one_policy_all_stay(tmp_path):
     ]
 
 
+def test_what_was_asked_apart_stays_with_the_same_answers_alone(tmp_path):
+    path = tmp_path / "results.json"
+    row = entry("run", 50) | {"provenance": {"params": "a", "prompts": "b", "device": "one"}}
+    found = {"pairwise": {"rows": []}, "interventions": {"n": 3}}
+    add_result(path, row | found)
+    again = row | {"provenance": {**row["provenance"], "device": "two"}, "S": entry("run", 50, safe=0.25)["S"]}
+    assert add_result(path, again)["evaluations"] == [again | found]
+    newer = again | {"interventions": {"n": 4}}
+    assert add_result(path, newer)["evaluations"] == [newer | {"pairwise": found["pairwise"]}]
+    other = row | {"provenance": {**row["provenance"], "params": "c"}}
+    assert add_result(path, other)["evaluations"] == [other]
+
+
 def test_references_of_another_benchmark_stay(tmp_path):
     path, world = tmp_path / "results.json", evaluator_for("scenes")
     for records in (RECORDS, RECORDS[:2], RECORDS[::-1]):
