@@ -30,7 +30,7 @@ from srpo_jax.training.workdir import open_workdir
 
 CONFIG = config_flags.DEFINE_config_file("config", "configs/study/main.py", "What to study.", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where to keep everything; the same command resumes it.", required=True)
-PAGE = flags.DEFINE_string("page", None, "Where to write the page; its picture lies beside it.")
+PAGE = flags.DEFINE_string("page", None, "Where to write the page; its pictures lie beside it.")
 SEEDS = flags.DEFINE_integer("seeds", None, "Stop after so many test seeds; default: all of the design.", lower_bound=0)
 METHODS = flags.DEFINE_list("methods", None, "Run these alone; default: all of the design.")
 
@@ -85,18 +85,11 @@ def write_page(bench, cells, chosen):
     rows = [run_cell(bench, cell, None) for cell in cells if (bench.workdir / "cells" / f"{cell.name}.json").exists()]
     if rows:
         page = Path(PAGE.value or bench.workdir / "study.md")
-        picture = page.with_suffix(".svg")
-        text, drawn = render(
-            bench.design,
-            rows,
-            chosen,
-            clusters_of(bench.config),
-            len(cells),
-            "python " + " ".join(command()),
-            picture.name,
-        )
+        told = "python " + " ".join(command())
+        text, pictures = render(bench.design, rows, chosen, clusters_of(bench.config), len(cells), told, page.stem)
         page.write_text(text, encoding="utf-8")
-        picture.write_text(drawn, encoding="utf-8")
+        for name, drawn in pictures.items():
+            (page.parent / name).write_text(drawn, encoding="utf-8")
         print(f"{len(rows)} of {len(cells)} test runs are in {page}")
 
 

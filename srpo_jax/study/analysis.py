@@ -12,7 +12,8 @@ from srpo_jax.evaluation.paired import holm, permutation
 from srpo_jax.study.design import Design
 
 ENDPOINTS = ("SE", "helpful")
-RATES = ("SE", "S", "E", "helpful", "over_refusal")
+TITLES = {"SE": "S&E", "S": "S", "E": "E", "helpful": "harmless helped", "over_refusal": "over-refusal"}
+RATES = tuple(TITLES)
 
 
 @dataclasses.dataclass(frozen=True)

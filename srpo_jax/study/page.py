@@ -1,17 +1,17 @@
-"""The page of a study: tables, a picture of the effects, warnings; all of it made by the command."""
+"""The page of a study: tables, pictures, warnings; all of it made by the command."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from srpo_jax.study.analysis import RATES, Effect, Estimate, by_method, degenerate, effects, rates
+from srpo_jax.study import plots
+from srpo_jax.study.analysis import RATES, TITLES, Effect, Estimate, by_method, degenerate, effects, rates
 from srpo_jax.study.design import BASE, Design
 
-TITLES = {"SE": "S&E", "S": "S", "E": "E", "helpful": "harmless helped", "over_refusal": "over-refusal"}
+COSTS = ("updates", "flops", "generated_tokens", "length")
 PLAN = {"updates": "equal updates", "flops": "equal FLOPs, exploration included"}
 
 
@@ -22,9 +22,9 @@ def render(
     clusters: Mapping[str, Sequence[str]],
     planned: int,
     command: str,
-    picture: str,
-) -> tuple[str, str]:
-    """The page in Markdown and its picture in SVG.
+    stem: str,
+) -> tuple[str, dict[str, str]]:
+    """The page in Markdown, and its pictures in SVG by the name of their file.
 
     Args:
       design: of the study.
@@ -33,7 +33,7 @@ def render(
       clusters: of the test prompts, by endpoint.
       planned: test runs of the whole study.
       command: that made the page.
-      picture: name of the picture's file.
+      stem: of the pictures' names.
     """
     groups = by_method(rows)
     found = effects(groups, design, clusters)
@@ -45,16 +45,24 @@ def render(
         "the others on their harmless twins; sampled at the temperature of the configuration, judged by a checker that "
         "training never saw.",
     ]
+    pictures = {f"{stem}_effects.svg": plots.effects(found)}
     for budget in design.budgets:
-        parts.append(f"## {PLAN[budget].capitalize()}\n\n" + _rates_table(groups, design, clusters, budget))
-    parts.append(f"## {design.method} less the others\n\n![effects]({picture})\n\n" + _effects_table(found, design))
+        shown = _methods(groups, design, budget)
+        pictures[name := f"{stem}_{budget}.svg"] = plots.frontier(
+            {method: rates(rows, clusters) for method, rows in shown.items()}
+        )
+        title, text = PLAN[budget].capitalize(), f"![S&E and harmless requests helped]({name})"
+        parts.append(f"## {title}\n\n{_rates_table(shown, clusters)}\n\n{text}")
+    parts.append(
+        f"## {design.method} less the others\n\n![effects]({stem}_effects.svg)\n\n" + _effects_table(found, design)
+    )
     parts.append("## Degenerate ends\n\n" + _warnings(groups))
     if chosen:
         picked = "\n".join(f"* {name}: {dict(design.trials[name][trial])}" for name, trial in chosen.items())
         parts.append(
             f"## Chosen on the validation split\n\nBefore any test seed ran, of as many trials for each:\n\n{picked}"
         )
-    return "\n\n".join(parts) + "\n", svg(found)
+    return "\n\n".join(parts) + "\n", pictures
 
 
 def _percent(e: Estimate) -> str:
@@ -65,30 +73,32 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def _rates_table(groups, design: Design, clusters, budget: str) -> str:
+def _methods(groups, design: Design, budget: str) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """Runs by method. The study's method and the base policy cost the same under every budget and ran under the first."""
+    first = design.budgets[0]
+    found = {
+        name: groups.get((name, budget)) or (groups.get((name, first)) if name in (BASE, design.method) else None)
+        for name in (BASE, *design.methods)
+    }
+    return {name: rows for name, rows in found.items() if rows}
+
+
+def _rates_table(methods: Mapping[str, Sequence[Mapping[str, Any]]], clusters) -> str:
     lines = []
-    for name in (BASE, *design.methods):
-        # The method and the base policy cost the same under every budget.
-        rows = groups.get((name, budget)) or (
-            groups.get((name, design.budgets[0])) if name in (BASE, design.method) else None
-        )
-        if rows:
-            cells = [_percent(x) for x in rates(rows, clusters).values()]
-            cost = [f"{np.mean([r['updates'] for r in rows]):.0f}", f"{np.mean([r['flops'] for r in rows]):.2g}"]
-            cost.append(f"{np.mean([r['generated_tokens'] for r in rows]):,.0f}")
-            lines.append([name, *cells, *cost, f"{np.mean([r['length'] for r in rows]):.0f}", str(len(rows))])
-    return _table(
-        [
-            "method",
-            *(TITLES[name] for name in RATES),
-            "updates",
-            "FLOPs",
-            "tokens explored",
-            "tokens per answer",
-            "seeds",
-        ],
-        lines,
-    )
+    for name, rows in methods.items():
+        cells = [_percent(x) for x in rates(rows, clusters).values()]
+        told = {key: float(np.mean([row[key] for row in rows])) for key in COSTS}
+        gain = 100 * (_mean(rows, "SE") - _mean(methods.get(BASE, rows), "SE"))
+        tokens = told["generated_tokens"]
+        cells += [f"{told['updates']:.0f}", f"{told['flops']:.2g}", f"{tokens:,.0f}"]
+        cells.append(f"{gain / tokens * 10_000:+.1f}" if tokens else "")
+        lines.append([name, *cells, f"{told['length']:.0f}", str(len(rows))])
+    heads = ["updates", "FLOPs", "tokens explored", "points of S&E over base for 10,000 of them", "tokens per answer"]
+    return _table(["method", *(TITLES[name] for name in RATES), *heads, "seeds"], lines)
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(np.mean([np.mean(row[name]) for row in rows]))
 
 
 def _effects_table(found: Sequence[Effect], design: Design) -> str:
@@ -109,32 +119,3 @@ def _warnings(groups) -> str:
         if name != BASE:
             lines += [f"* {name}, {PLAN[budget]}: {text}" for text in degenerate(rows, base)]
     return "\n".join(lines) or "None found."
-
-
-def svg(found: Sequence[Effect]) -> str:
-    """Differences and their intervals, one line each, around zero."""
-    row, left, width = 22, 300, 360
-    reach = max([0.05, *(abs(x) for e in found for x in (e.estimate.low, e.estimate.high))])
-
-    def at(x: float) -> float:
-        return left + width / 2 * (1 + x / reach)
-
-    lines = []
-    for i, e in enumerate(found):
-        y, label = 30 + i * row, html.escape(f"{TITLES[e.endpoint]} against {e.against} ({e.budget})")
-        colour = "#1a6" if e.estimate.low > 0 else "#b33" if e.estimate.high < 0 else "#555"
-        x1, x, x2 = (f"{at(v):.1f}" for v in (e.estimate.low, e.estimate.value, e.estimate.high))
-        lines.append(
-            f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{label}</text>'
-            f'<line x1="{x1}" x2="{x2}" y1="{y}" y2="{y}" stroke="{colour}" stroke-width="2"/>'
-            f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>'
-        )
-    height = 30 + len(found) * row + 20
-    axis = f'<line x1="{at(0)}" x2="{at(0)}" y1="14" y2="{height - 24}" stroke="#999" stroke-dasharray="3 3"/>'
-    ticks = "".join(
-        f'<text x="{at(x):.1f}" y="{height - 8}" text-anchor="middle">{100 * x:+.0f}</text>' for x in (-reach, 0, reach)
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 30}" height="{height}" font-family="sans-serif" '
-        f'font-size="12"><rect width="100%" height="100%" fill="#fff"/>{axis}{"".join(lines)}{ticks}</svg>\n'
-    )

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from srpo_jax import config as configs
-from srpo_jax.study.analysis import choose, degenerate, effects, hierarchical
+from srpo_jax.study import plots
+from srpo_jax.study.analysis import choose, degenerate, effects, hierarchical, rates
 from srpo_jax.study.design import BASE, Cell, Design, StudyError, cell_config, measured_cells, read_design, tuning_cells
-from srpo_jax.study.page import render, svg
+from srpo_jax.study.page import render
 
 FOLDER = Path(__file__).parents[2] / "configs" / "study"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -153,13 +154,15 @@ def test_every_degenerate_end_is_told(change, text):
 def test_the_page_tells_what_is_missing_and_escapes_names():
     rows = [row(m, s, 0.5) for m in (BASE, "sft", "srpo") for s in range(2)]
     clusters = {name: ["a", "b"] * 20 for name in ("SE", "helpful")}
-    text, picture = render(SMALL, rows, {}, clusters, 8, "python scripts/study.py --config=x", "x.svg")
+    text, pictures = render(SMALL, rows, {}, clusters, 8, "python scripts/study.py --config=x", "x")
     assert (
         "**incomplete: 6 of 8 test runs**" in text and "An exploration: no p-values." in text and "None found." in text
     )
-    assert (
-        "(x.svg)" in text and picture.startswith("<svg") and picture.count("<circle") == 4
-    )  # base and sft, two endpoints
+    assert all(f"({name})" in text and drawn.startswith("<svg") for name, drawn in pictures.items())
+    assert pictures["x_effects.svg"].count("<circle") == 4  # base and sft, two endpoints
+    assert pictures["x_updates.svg"].count("<circle") == 3  # base, sft, srpo
     design = Design({"<b>": {}, "srpo": {}}, {}, seeds=1, confirmatory=False)
     found = effects({(m, "updates"): [row(m, 0, 0.5)] for m in ("<b>", "srpo")}, design, clusters)
-    assert "<b>" not in svg(found) and "&lt;b&gt;" in svg(found)
+    one = {"<b>": rates([row("<b>", 0, 0.5)], clusters)}
+    for drawn in (plots.effects(found), plots.frontier(one)):
+        assert "<b>" not in drawn and "&lt;b&gt;" in drawn
