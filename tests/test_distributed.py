@@ -72,6 +72,7 @@ def assert_same_metrics(ours: Path, theirs: Path) -> None:
             np.testing.assert_allclose(a[name], b[name], **DIGITS, err_msg=name)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(alone, pair):
     """Explore, update, checkpoint: the same trees, token by token, and the same losses."""
     folder = pair / "trees" / "round_000"
