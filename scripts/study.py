@@ -48,8 +48,9 @@ def main(_):
     cells = list(measured_cells(design))
     seeds = design.seeds if SEEDS.value is None else SEEDS.value
     part = [cell for cell in cells if cell.seed < seeds and cell.method in wanted]
-    # One process does all of a seed: its methods share trees, and its first runs set the budget of the later ones.
-    run_all(bench, part, [chosen.get(cell.method) for cell in part], [f"seed{cell.seed}" for cell in part])
+    # The first runs of a seed set the budget of its later ones, if there is a second budget.
+    groups = [f"seed{cell.seed}" if len(design.budgets) > 1 else cell.name for cell in part]
+    run_all(bench, part, [chosen.get(cell.method) for cell in part], groups)
     with claim(workdir / "claims" / "page", wait=True):
         write_page(bench, cells, chosen)
 
