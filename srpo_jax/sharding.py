@@ -66,6 +66,16 @@ def param_shardings(params: Any, mesh: Mesh) -> Any:
     return unflatten({path: NamedSharding(mesh, spec_of(path, x.shape, mesh)) for path, x in flat.items()})
 
 
+def gathered_shardings(params: Any, mesh: Mesh) -> Any:
+    """`param_shardings` without `fsdp`: every device holds parameters whole, or its share of them over `tensor`."""
+    flat = flatten(params)
+    return unflatten({path: NamedSharding(mesh, _gathered(path, x.shape, mesh)) for path, x in flat.items()})
+
+
+def _gathered(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    return PartitionSpec(*(a if a == "tensor" else None for a in spec_of(path, shape, mesh)))
+
+
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """Splits dimension `axis` of a batch over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, ("data", "fsdp")))
@@ -101,7 +111,6 @@ def with_gathered(f: Callable[..., jax.Array], path: str, table: jax.Array) -> C
     def run(*batch: jax.Array) -> jax.Array:
         if parts == 1 or batch[0].shape[0] % parts:
             return f(table, *batch)
-        kept = PartitionSpec(*(a if a == "tensor" else None for a in spec_of(path, table.shape, mesh)))
         each = PartitionSpec(("data", "fsdp"))
         local = jax.shard_map(
             lambda whole, *batch: f(whole.astype(table.dtype), *batch),
@@ -111,7 +120,7 @@ def with_gathered(f: Callable[..., jax.Array], path: str, table: jax.Array) -> C
             axis_names={"data", "fsdp"},
             check_vma=False,
         )
-        whole = jax.lax.with_sharding_constraint(table, kept)
+        whole = jax.lax.with_sharding_constraint(table, _gathered(path, table.shape, mesh))
         return local(whole.astype(jnp.promote_types(table.dtype, jnp.float32)), *batch)
 
     return run

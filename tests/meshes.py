@@ -33,8 +33,9 @@ LOSS = LossConfig({"srpo": 1.0, "key_sentence": 0.2, "safety_heads": 0.2})  # al
 PACK = PackConfig((192,), (160,), (32,), 16, (12,), (12,), (16,), extras=LOSS.extras())
 
 
-def explored(policy: Policy, trunks) -> dict:
+def explored(policy: Policy, trunks, gather: bool) -> dict:
     """Tokens, log-probs and near-ties of every branch."""
+    config = dataclasses.replace(EXPLORE, gather=gather)
     prefixes = np.repeat(np.arange(6, dtype=np.int32), K)
     numbers = np.arange(len(prefixes), dtype=np.int32) % K
     requests = [
@@ -46,8 +47,8 @@ def explored(policy: Policy, trunks) -> dict:
         )
         for t in trunks
     ]
-    shape = explore_shape(policy, trunks, EXPLORE)
-    found = dict(sample(policy, policy.params, requests, shape, EXPLORE.sampling(policy.processor.stop_ids)))
+    shape = explore_shape(policy, trunks, config)
+    found = dict(sample(policy, policy.params, requests, shape, config.sampling(policy.processor.stop_ids)))
     fields = ("tokens", "logprobs", "lengths", "ties")
     return {name: [getattr(found[i], name).tolist() for i in range(len(trunks))] for name in fields}
 
@@ -89,7 +90,7 @@ def main(folder: str, meshes: list[str]) -> None:
         placed = jax.device_put(policy.params, sharding.param_shardings(policy.params, mesh))
         policy = dataclasses.replace(policy, params=placed)
         trunks = [make_trunk(record, policy.processor) for record in records]
-        told = {"mesh": name, "explore": explored(policy, trunks)}
+        told = {"mesh": name, "explore": explored(policy, trunks, False), "gathered": explored(policy, trunks, True)}
         told["evaluate"] = answered(policy, encode_prompts(records, policy.processor))
         told["update"] = updated(policy, trunks, mesh)
         print(json.dumps(told), flush=True)

@@ -82,7 +82,7 @@ def test_an_unknown_field_of_an_unlocked_section_is_named_too():
         config.explore.temprature = 0.5
     with pytest.raises(
         configs.ConfigError,
-        match=r"config\.explore has no field temprature; it takes adaptive, favourable, int8_cache,",
+        match=r"config\.explore has no field temprature; it takes adaptive, favourable, gather, int8_cache,",
     ):
         configs.run_config(config)
 

@@ -86,6 +86,15 @@ def test_a_decoded_token_gathers_every_kernel_once(told):
     assert kernels == KERNELS * layers
 
 
+def test_of_gathered_parameters_a_decoded_token_moves_none(told):
+    """And where `tensor` splits them, what it moved before."""
+    assert not [one for one in told["1x8x1"]["explore gathered"] if "f32" in "".join(one[1])]
+    split = told["2x2x2"]
+    assert not floats(moved(split, "explore gathered", "all-gather")) & parameters(split, "layers/")
+    states = {name: moved(split, name, "all-reduce") for name in ("explore", "explore gathered")}
+    assert states["explore gathered"] == states["explore"]
+
+
 def test_over_tensor_a_decoded_token_reduces_twice_per_layer(told):
     """Once after attention, once after the feed-forward block; and at most once for the embedding. No state of a tree moves."""
     one = told["2x2x2"]

@@ -5,6 +5,7 @@ python tests/traffic.py DATAxFSDPxTENSOR ...
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 
@@ -50,7 +51,10 @@ def main(meshes: list[str]) -> None:
         setting = programs.Setting.of(config, here.mesh(**config.mesh))
         told = {"mesh": name, "params": {path: list(x.shape) for path, x in flatten(setting.params).items()}}
         update, explore = programs.update_program(setting, here.chip), programs.explore_programs(setting, here.chip)[0]
-        for program in (update, explore):
+        config.explore.gather = True
+        gathered = programs.explore_programs(programs.Setting.of(config, setting.mesh), here.chip)[0]
+        gathered = dataclasses.replace(gathered, name="explore gathered")
+        for program in (update, explore, gathered):
             runs = collective_runs(program.lower().compile().as_text())
             told[program.name] = [[kind, list(results), times] for (kind, results), times in sorted(runs.items())]
         told["width"] = setting.run.explore.trees // 8, programs.STEPS * setting.run.explore.k

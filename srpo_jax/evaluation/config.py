@@ -42,14 +42,14 @@ def default_config() -> ml_collections.ConfigDict:
       plain: whether a turn without tags is an answer without a path, as of checkpoints that do not reason in tags.
       temperatures: one evaluation each; 0 is greedy.
       samples: responses per prompt at temperatures above 0.
-      max_tokens, batch, trunk, patches, seed: see `GenerateConfig`.
+      max_tokens, batch, trunk, patches, gather, seed: see `GenerateConfig`.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     config = ml_collections.ConfigDict()
     config.update(name="", path="", images="", splits=HELD_OUT, n=placeholder(int), data_seed=0, evaluator="")
     config.update(benchmarks=(RSBENCH,), plain=False)
     config.update(temperatures=(0.0, 1.0), patches=PATCHES)
-    config.update({name: defaults[name] for name in ("samples", "max_tokens", "batch", "trunk", "seed")})
+    config.update({name: defaults[name] for name in ("samples", "max_tokens", "batch", "trunk", "gather", "seed")})
     return config
 
 
@@ -61,7 +61,7 @@ def decodings(config: ml_collections.ConfigDict) -> list[GenerateConfig]:
     """
     if not config.temperatures:
         raise EvalConfigError("config.eval.temperatures is empty; name at least one (0 is greedy)")
-    shared: dict[str, Any] = {name: config[name] for name in ("max_tokens", "batch", "seed")}
+    shared: dict[str, Any] = {name: config[name] for name in ("max_tokens", "batch", "gather", "seed")}
     shared["trunk"] = tuple(config.trunk)
     shared["patches"] = None if config.patches is None else tuple(config.patches)
     try:

@@ -47,6 +47,7 @@ class GenerateConfig:
       prefill: prompts that are prefilled together, per device of data × fsdp.
       trunk: ladder of prompt lengths.
       patches: ladder of vision patches per prompt; None takes the largest of all prompts.
+      gather: gather parameters once instead of for every token, see `ExploreConfig`.
       seed: of the random bits; those of a response depend on (seed, record id, sample) alone.
 
     Raises:
@@ -64,6 +65,7 @@ class GenerateConfig:
     prefill: int = 8
     trunk: Ladder = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
     patches: Ladder | None = None
+    gather: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -232,7 +234,7 @@ def _shape(policy: Policy, prompts: Sequence[Prompt], config: GenerateConfig) ->
         patches = bucket(patches, config.patches, "vision patches of a prompt (patches)")
     room = bucket(tokens, config.trunk, "prompt tokens (trunk)")
     pack = prefill_shape(config.prefill, room, patches, policy.config.vision)
-    return EngineShape(trees=config.batch, width=config.samples, branches=config.samples, prefixes=1, pack=pack)
+    return EngineShape(config.batch, config.samples, config.samples, 1, pack, gather=config.gather)
 
 
 def _sample(

@@ -45,6 +45,8 @@ class EngineShape:
       prefixes: P, most prefixes of a tree.
       pack: of one prefill; `pack.longest` is the trunk's room.
       int8: whether keys and values are kept as int8.
+      gather: whether parameters that `fsdp` splits are gathered before the first token, and held until the last, instead of for
+        each token.
 
     Raises:
       ValueError: a size below 1.
@@ -56,6 +58,7 @@ class EngineShape:
     prefixes: int
     pack: PrefillShape
     int8: bool = False
+    gather: bool = False
 
     def __post_init__(self) -> None:
         for name in ("trees", "width", "branches", "prefixes"):

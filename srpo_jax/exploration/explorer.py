@@ -55,6 +55,8 @@ class ExploreConfig:
       prefill: trunks that are prefilled together, per device of data × fsdp.
       trunk: ladder of trunk lengths T; all trunks of a round are kept at the length of the longest.
       patches: ladder of vision patches per tree; None takes the largest of the round.
+      gather: gather parameters that `mesh.fsdp` splits once and hold them while exploring, instead of gathering them for every
+        token; `mesh.tensor` still splits them. For policies that fit so (docs/scaling.md).
       int8_cache: keep keys and values as int8, half the memory of bfloat16; log-probs move (docs/performance.md).
       favourable: "safe_and_effective", or "safe" alone. A harmless record's branch is favourable iff it is effective.
     """
@@ -75,6 +77,7 @@ class ExploreConfig:
     prefill: int = 4
     trunk: Ladder = (256, 512, 1024, 2048, 4096)
     patches: Ladder | None = None
+    gather: bool = False
     int8_cache: bool = False
     favourable: str = "safe_and_effective"
 
@@ -265,6 +268,7 @@ def explore_shape(policy: Policy, trunks: Sequence[Trunk], config: ExploreConfig
         prefixes=prefixes,
         pack=prefill_shape(config.prefill, longest, most, policy.config.vision),
         int8=config.int8_cache,
+        gather=config.gather,
     )
 
 

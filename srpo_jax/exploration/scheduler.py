@@ -81,7 +81,7 @@ def sample(
 
     Args:
       policy: whose module to use.
-      params: the parameters.
+      params: the parameters; with `shape.gather` a copy of what `fsdp` splits lies beside them until the last tree is done.
       requests: read as places become free, a few ahead.
       shape: static sizes that hold every request.
       config: how tokens are drawn.
@@ -99,6 +99,8 @@ def sample(
     nothing = empty_vision(policy.config.vision) if features is None else features.nothing
     if not queue and jax.process_count() == 1:
         return  # of several processes, others may have requests
+    if shape.gather and mesh is not None:
+        params = jax.device_put(params, sharding.gathered_shardings(params, mesh))
     state = start(policy.graphdef, params, shape, config, mesh)
     hungry = active = True
     while hungry or active:

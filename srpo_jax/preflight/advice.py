@@ -48,6 +48,9 @@ def candidates(config: ml_collections.ConfigDict, where: Slice, row: Mapping[str
     Where the arrays that a program is given, and what stays beside it, fill the memory already, changes of its temporaries are
     left out.
     """
+    section = {"explore": "explore", "evaluate": "eval"}.get(row["program"].partition("_")[0])
+    if section and config[section].gather:
+        yield {f"{section}.gather": False}
     shrinks = ("temporaries", "outputs", "code", "batch", "keys and values", "engine")
     kept = sum(size for name, size in row["memory"].items() if name not in shrinks)
     parts = where.mesh(**config.mesh).size // max(1, config.mesh.tensor)

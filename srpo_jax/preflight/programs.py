@@ -173,7 +173,8 @@ def explore_programs(setting: Setting, chip: Chip) -> list[Program]:
     prefixes = STEPS if how.prefixes is None else len(how.prefixes)
     branches = prefixes * how.k
     pack = _pack(setting, how.prefill, max(how.trunk), _patches(how, setting))
-    shape = EngineShape(how.trees, min(how.width or branches, branches), branches, prefixes, pack, how.int8_cache)
+    width = min(how.width or branches, branches)
+    shape = EngineShape(how.trees, width, branches, prefixes, pack, how.int8_cache, how.gather)
     waiting = {
         "training state": bytes_of(setting.state.params) + bytes_of(setting.state.opt_state),
         "initial policy": _kept(setting),
@@ -187,7 +188,7 @@ def evaluate_programs(setting: Setting, chip: Chip) -> list[Program]:
     """Evaluation of a policy in the dtype that it is loaded in, at the temperature that takes most samples."""
     how = max(decodings(setting.config.eval), key=lambda d: (d.samples, d.temperature))
     pack = _pack(setting, how.prefill, max(how.trunk), _patches(how, setting))
-    shape = EngineShape(how.batch, how.samples, how.samples, 1, pack)
+    shape = EngineShape(how.batch, how.samples, how.samples, 1, pack, gather=how.gather)
     return _sampling_programs("evaluate", setting, setting.params, shape, how.sampling((END_OF_TURN,)), {}, chip)
 
 
@@ -208,6 +209,9 @@ def _sampling_programs(
     """The programs of the engine, as `exploration.scheduler.sample` calls them: decoding, which bears the work, prefill."""
     model, mesh = setting.model, setting.mesh
     graphdef = graph_definition(model, params)
+    if shape.gather:
+        resident = {**resident, "split parameters": bytes_of(params)}
+        params = _placed(params, sharding.gathered_shardings(params, mesh))
     nothing = _nothing(setting) if name == "explore" else empty_vision(model.vision)
     state, packed = program_shapes(graphdef, params, shape, how, nothing, mesh)
     appetite = jax.ShapeDtypeStruct((shape.trees,), jnp.float32, sharding=sharding.batch_sharding(mesh))

@@ -412,6 +412,7 @@ CHANGES = {
     "prefill": 2,
     "patches": (24,),
     "trunk": (160,),
+    "gather": True,
     "int8_cache": True,
 }
 
