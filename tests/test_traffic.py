@@ -87,21 +87,19 @@ def test_a_decoded_token_gathers_every_kernel_once(told):
 
 
 def test_of_gathered_parameters_a_decoded_token_moves_none(told):
-    """And where `tensor` splits them, what it moved before."""
-    whole, split = told["1x8x1"], told["2x2x2"]
-    for kind in {kind for kind, *_ in whole["explore gathered"]}:
-        assert floats(moved(whole, "explore gathered", kind)) <= {()}, kind  # one number says whether places are empty
+    one, split = told["1x8x1"], told["2x2x2"]
+    for kind in {kind for kind, *_ in one["explore gathered"]}:
+        assert floats(moved(one, "explore gathered", kind)) <= {()}, kind  # one number says whether places are empty
     assert not floats(moved(split, "explore gathered", "all-gather")) & parameters(split, "layers/")
-    states = {name: moved(split, name, "all-reduce") for name in ("explore", "explore gathered")}
-    assert states["explore gathered"] == states["explore"]
 
 
-def test_over_tensor_a_decoded_token_reduces_twice_per_layer(told):
+@pytest.mark.parametrize("program", ["explore", "explore gathered"])
+def test_over_tensor_a_decoded_token_reduces_twice_per_layer(told, program):
     """Once after attention, once after the feed-forward block; and at most once for the embedding. No state of a tree moves."""
     one = told["2x2x2"]
     (layers, hidden), (trees, width) = one["params"]["layers/mlp_norm/scale"], one["width"]
     states = "f32", tuple(sorted(n for n in (2 * trees, width, hidden) if n > 1))
-    permuted = moved(one, "explore", "collective-permute")
+    permuted = moved(one, program, "collective-permute")
     assert not floats(permuted)
     assert sum(permuted.values()) <= 1  # token ids, for the embedding
-    assert moved(one, "explore", "all-reduce")[states] - 2 * layers in (0, 1)
+    assert moved(one, program, "all-reduce")[states] - 2 * layers in (0, 1)
