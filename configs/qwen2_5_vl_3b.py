@@ -9,7 +9,8 @@
 On v5e-8, one question per chip (a trunk of at most 2,048 tokens with 4,096 patches, 24 branches of at most 512), an update
 cannot take less than 1.03 s for `lora` and 1.46 s for `full`. Parameters, optimizer and the loaded policy
 take 1.21 and 5.19 GiB of a chip, by formula.
-`full` compiled: 13.2 of 15.75 GiB; `lora` was not compiled at these shapes. See docs/preflight.md.
+`full` compiled: 13.2 of 15.75 GiB for the update, 12.6 for decoding with parameters that are gathered once per round
+(`explore.gather`); `lora` was not compiled at these shapes. See docs/preflight.md.
 
 `:lora,runlocal` and `:full,runlocal` run the same on a laptop, small (see srpo_jax/recipes.py).
 """

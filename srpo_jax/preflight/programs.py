@@ -210,8 +210,10 @@ def _sampling_programs(
     model, mesh = setting.model, setting.mesh
     graphdef = graph_definition(model, params)
     if shape.gather:
-        resident = {**resident, "split parameters": bytes_of(params)}
-        params = _placed(params, sharding.gathered_shardings(params, mesh))
+        whole = _placed(params, sharding.gathered_shardings(params, mesh))
+        pairs = zip(jax.tree.leaves(params), jax.tree.leaves(whole), strict=True)
+        split = [x for x, y in pairs if not x.sharding.is_equivalent_to(y.sharding, x.ndim)]
+        params, resident = whole, {**resident, "split parameters": bytes_of(split)}
     nothing = _nothing(setting) if name == "explore" else empty_vision(model.vision)
     state, packed = program_shapes(graphdef, params, shape, how, nothing, mesh)
     appetite = jax.ShapeDtypeStruct((shape.trees,), jnp.float32, sharding=sharding.batch_sharding(mesh))
