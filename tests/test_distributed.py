@@ -158,11 +158,11 @@ def test_all_processes_killed_during_a_save_go_on_from_the_step_before(home, who
 @pytest.mark.slow
 def test_explore_evaluate_and_export_run_in_several_processes(home, pair):
     few = {"max_tokens": 12, "batch": 2, "trunk": (320,), "patches": (512,), "temperatures": (1.0,)}
-    few |= {"path": "data/records.jsonl", "evaluator": "my_judge:EVALUATOR"}
+    few |= {"path": "data/records.jsonl", "evaluator": "my_judge:EVALUATOR", "gather": True}
     mine = [f"--config.eval.{field}={value}" for field, value in few.items()]
     for count in (1, 2):
         run(home, count, "evaluate.py", *own(f"eval-{count}"), *mine, "--checkpoint=two")
-        run(home, count, "explore.py", *own(f"trees-{count}"), "--checkpoint=two")
+        run(home, count, "explore.py", *own(f"trees-{count}", explore__gather=True), "--checkpoint=two")
         run(home, count, "export.py", "--checkpoint=two", f"--output=hf-{count}", "--dtype=float32")
     one, two = (json.loads((home / f"eval-{count}" / "results.json").read_text()) for count in (1, 2))
     devices = [told["evaluations"][0]["provenance"].pop("device") for told in (one, two)]
