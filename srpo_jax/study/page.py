@@ -51,8 +51,8 @@ def render(
         pictures[name := f"{stem}_{budget}.svg"] = plots.frontier(
             {method: rates(rows, clusters) for method, rows in shown.items()}
         )
-        title, text = PLAN[budget].capitalize(), f"![S&E and harmless requests helped]({name})"
-        parts.append(f"## {title}\n\n{_rates_table(shown, clusters)}\n\n{text}")
+        text = f"![S&E and harmless requests helped]({name})"
+        parts.append(f"## At {PLAN[budget]}\n\n{_rates_table(shown, clusters)}\n\n{text}")
     parts.append(
         f"## {design.method} less the others\n\n![effects]({stem}_effects.svg)\n\n" + _effects_table(found, design)
     )
@@ -104,10 +104,14 @@ def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
 def _effects_table(found: Sequence[Effect], design: Design) -> str:
     lines = []
     for e in found:
-        p = "" if e.p is None else f"{e.p:.3f} ({e.adjusted:.3f})"
+        p = "" if e.p is None or e.adjusted is None else f"{_chance(e.p)} ({_chance(e.adjusted)})"
         lines.append([e.against, PLAN[e.budget], TITLES[e.endpoint], _percent(e.estimate), p])
     note = "" if design.confirmatory else "\n\nAn exploration: no p-values."
     return _table(["against", "budget", "endpoint", "difference in points", "p (Holm)"], lines) + note
+
+
+def _chance(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _warnings(groups) -> str:

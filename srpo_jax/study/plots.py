@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Mapping, Sequence
 
 from srpo_jax.study.analysis import ENDPOINTS, TITLES, Effect, Estimate
@@ -40,27 +41,33 @@ def frontier(methods: Mapping[str, Mapping[str, Estimate]]) -> str:
       methods: rates of each; see `analysis.rates`.
     """
     y_of, x_of = ENDPOINTS
-    rates = [one[name] for one in methods.values() for name in ENDPOINTS]
-    low = min([0.95, *(r.low for r in rates)]) // 0.1 * 0.1
+    (left, right), (bottom, top) = (_range([one[name] for one in methods.values()]) for name in (x_of, y_of))
 
     def at(x: float, y: float) -> tuple[float, float]:
-        return MARGIN + SIDE * (x - low) / (1 - low), 20 + SIDE * (1 - (y - low) / (1 - low))
+        return MARGIN + SIDE * (x - left) / (right - left), 20 + SIDE * (1 - (y - bottom) / (top - bottom))
 
     shapes = []
-    for step in range(round(10 * low), 11):
-        (x, bottom), (left, y) = at(step / 10, low), at(low, step / 10)
-        shapes += [_line(x, 20, x, bottom, "#ddd", 1), _line(left, y, MARGIN + SIDE, y, "#ddd", 1)]
-        shapes += [_text(x, bottom + 16, f"{10 * step}", "middle"), _text(left - 6, y + 4, f"{10 * step}", "end")]
+    for tenth in range(round(10 * left), round(10 * right) + 1):
+        x, _ = at(tenth / 10, bottom)
+        shapes += [_line(x, 20, x, 20 + SIDE, "#ddd", 1), _text(x, SIDE + 36, f"{10 * tenth}", "middle")]
+    for tenth in range(round(10 * bottom), round(10 * top) + 1):
+        _, y = at(left, tenth / 10)
+        shapes += [_line(MARGIN, y, MARGIN + SIDE, y, "#ddd", 1), _text(MARGIN - 6, y + 4, f"{10 * tenth}", "end")]
     for number, (name, told) in enumerate(methods.items(), 1):
         x, y = at(told[x_of].value, told[y_of].value)
         shapes.append(_line(*at(told[x_of].low, told[y_of].value), *at(told[x_of].high, told[y_of].value), "#9bb", 1))
         shapes.append(_line(*at(told[x_of].value, told[y_of].low), *at(told[x_of].value, told[y_of].high), "#9bb", 1))
-        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="#fff" stroke="#1a6"/>')
+        shapes.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="8" fill="#fff" fill-opacity="0.7" stroke="#1a6"/>')
         shapes.append(_text(x, y + 4, str(number), "middle"))
         shapes.append(_text(MARGIN + SIDE + 20, 30 + ROW * (number - 1), html.escape(f"{number}  {name}"), "start"))
     shapes.append(_text(MARGIN + SIDE / 2, SIDE + 54, f"{TITLES[x_of]}, %", "middle"))
     shapes.append(_text(MARGIN - 40, 12, html.escape(f"{TITLES[y_of]}, %"), "start"))
     return _picture(MARGIN + SIDE + LEGEND, max(SIDE + 64, 30 + ROW * len(methods)), "".join(shapes))
+
+
+def _range(rates: Sequence[Estimate]) -> tuple[float, float]:
+    """Whole tenths around all intervals."""
+    return math.floor(10 * min(r.low for r in rates)) / 10, math.ceil(10 * max(r.high for r in rates) + 0.01) / 10
 
 
 def _text(x: float, y: float, escaped: str, anchor: str) -> str:
