@@ -62,12 +62,12 @@ def run_local(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.policy.update(path=EMBEDDED, dtype="float32", max_image_tokens=None)
     config.data.update(name="scenes", n=8)
     config.judge = "rules"
-    config.explore.update(max_tokens=100, trees=8, trunk=(144,), patches=(64,))
+    config.explore.update(max_tokens=100, trees=8, trunk=(144,), patches=(64,), gather=False)
     config.pack.update(trunk=(144,), path=(112,), patches=(64,), rows=(26,), row=100, branch=(100,))
     config.compute.update(dtype="float32", logprob_chunk=1024)
     config.mesh.update(data=1, fsdp=-1, tensor=1)
     config.batch.update(trees=8, accumulate=1)
     config.optim.warmup = 0
     config.updates = 2
-    config.eval.update(n=2, splits=("test_id",), max_tokens=100, batch=8, trunk=(64,), patches=(64,))
+    config.eval.update(n=2, splits=("test_id",), max_tokens=100, batch=8, trunk=(64,), patches=(64,), gather=False)
     return config

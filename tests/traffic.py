@@ -47,7 +47,6 @@ def main(meshes: list[str]) -> None:
         config = released("3B", "full,runlocal")
         config.mesh.update(dict(zip(AXES, map(int, name.split("x")), strict=True)))
         config.compute.logprob_chunk = 128
-        config.explore.gather = False
         here = Slice("cpu", "v5e:1x1", jax.devices(), 2**34)
         setting = programs.Setting.of(config, here.mesh(**config.mesh))
         told = {"mesh": name, "params": {path: list(x.shape) for path, x in flatten(setting.params).items()}}
