@@ -136,25 +136,26 @@ def test_kill_9_loses_nothing_and_repeats_nothing(home, whole):
 
 @pytest.mark.slow  # five processes; the parts are tested in test_tasks.py
 def test_another_judge_another_arm_and_a_broken_judge(home, whole):
-    stored = (whole / "evaluation" / "responses.jsonl").read_bytes()
-    done = evaluate(home, "whole", "--score_only", judge="TWO")
+    mine = shutil.copytree(whole, home / "judged")
+    stored = (mine / "evaluation" / "responses.jsonl").read_bytes()
+    done = evaluate(home, "judged", "--score_only", judge="TWO")
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (whole / "evaluation" / "responses.jsonl").read_bytes() == stored
-    rows = json.loads((whole / "results.json").read_text())["evaluations"]
+    assert (mine / "evaluation" / "responses.jsonl").read_bytes() == stored
+    rows = json.loads((mine / "results.json").read_text())["evaluations"]
     assert [row["evaluator"] for row in rows] == ["short-1", "short-2"]
     assert rows[0]["rates"] == rows[1]["rates"]
 
-    arm = evaluate(home, "arm", f"--baseline={whole}", "--name=arm")
+    arm = evaluate(home, "arm", f"--baseline={mine}", "--name=arm")
     assert arm.returncode == 0, arm.stderr[-3000:]
     assert "figstep_tiny, temperature 1: arm does not differ measurably from model" in arm.stdout
 
     for arguments, judge, said in (
-        (["--config.eval.max_tokens=65", f"--baseline={whole}"], "ONE", "the baseline's decoding of figstep_tiny"),
+        (["--config.eval.max_tokens=65", f"--baseline={mine}"], "ONE", "the baseline's decoding of figstep_tiny"),
         ([], "BROKEN", "the judge failed on"),
     ):
-        done = evaluate(home, "whole", *arguments, judge=judge)
+        done = evaluate(home, "judged", *arguments, judge=judge)
         assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr, done.stderr[-3000:]
-    assert [r["evaluator"] for r in json.loads((whole / "results.json").read_text())["evaluations"]] == [
+    assert [r["evaluator"] for r in json.loads((mine / "results.json").read_text())["evaluations"]] == [
         "short-1",
         "short-2",
     ]
