@@ -121,6 +121,10 @@ def server(monkeypatch):
             with contextlib.suppress(OSError):
                 ours.respond(self)
 
+        def end_headers(self):  # announced, or a client that asks again may take the connection that is about to end
+            self.send_header("connection", "close")
+            super().end_headers()
+
         def log_message(self, *_):
             pass
 
