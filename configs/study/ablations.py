@@ -1,8 +1,8 @@
 """One thing changed at a time in SRPO, three seeds each: an exploration, without tests.
 
-    python scripts/study.py --config=configs/study/ablations.py --workdir=runs/ablations
+    python scripts/study.py --config=configs/study/ablations.py --workdir=runs/ablations --page=docs/ablation_results.md
 
-The recipe is that of configs/study/main.py.
+Half an hour of two CPU cores. The recipe is that of configs/study/main.py.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Every objective on the same trees of the embedded world, in a size that a laptop's CPU completes in hours.
+"""Every objective on the same trees of the embedded world, in a size that a laptop's CPU completes: 90 minutes of two cores.
 
     python scripts/study.py --config=configs/study/main.py --workdir=runs/study --page=docs/study_results.md
 
