@@ -58,8 +58,10 @@ def main(_):
 def tuned(bench, cells):
     """The chosen trial of every method. A choice is kept once made: test runs depend on it."""
     file = bench.workdir / "chosen.json"
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    cells = [cell for cell in cells if cell.method not in known]
     run_all(bench, cells, [cell.trial for cell in cells], [f"tune-{cell.method}" for cell in cells])
-    with claim(bench.workdir / "claims" / "chosen", wait=True):
+    with claim(bench.workdir / "claims" / "chosen", wait=True):  # others may have chosen in between
         known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         known |= choose([run_cell(bench, cell, cell.trial) for cell in cells if cell.method not in known])
         write_json(file, known)

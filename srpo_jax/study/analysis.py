@@ -131,14 +131,16 @@ def choose(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {name: min(trials, key=lambda t: (-np.mean(trials[t]), t)) for name, trials in scores.items()}
 
 
+def mean_over_seeds(rows: Sequence[Mapping[str, Any]], name: str) -> float:
+    """The mean of a number, or of outcomes by prompt, over the runs of one method."""
+    return float(np.mean([np.mean(row[name]) for row in rows]))
+
+
 def degenerate(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
     """The degenerate ends of a method's runs, each with its number, judged by their means beside the base policy's."""
 
-    def mean(of: Sequence[Mapping[str, Any]], name: str) -> float:
-        return float(np.mean([np.mean(row[name]) for row in of]))
-
-    own = {name: mean(rows, name) for name in (*RATES, "malformed", "copied", "distinct", "gap", "length")}
-    usual = {name: mean(base, name) for name in own}
+    own = {name: mean_over_seeds(rows, name) for name in (*RATES, "malformed", "copied", "distinct", "gap", "length")}
+    usual = {name: mean_over_seeds(base, name) for name in own}
     growth = own["length"] / usual["length"]
     checks = {
         f"refuses {own['over_refusal']:.0%} of harmless requests": own["over_refusal"]

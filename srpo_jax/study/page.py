@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from srpo_jax.study import plots
-from srpo_jax.study.analysis import RATES, TITLES, Effect, Estimate, by_method, degenerate, effects, rates
+from srpo_jax.study.analysis import (
+    RATES,
+    TITLES,
+    Effect,
+    Estimate,
+    by_method,
+    degenerate,
+    effects,
+    mean_over_seeds,
+    rates,
+)
 from srpo_jax.study.design import BASE, Design
 
 COSTS = ("updates", "flops", "generated_tokens", "length")
@@ -48,11 +56,10 @@ def render(
     pictures = {f"{stem}_effects.svg": plots.effects(found)}
     for budget in design.budgets:
         shown = _methods(groups, design, budget)
-        pictures[name := f"{stem}_{budget}.svg"] = plots.frontier(
-            {method: rates(rows, clusters) for method, rows in shown.items()}
-        )
+        estimates = {method: rates(rows, clusters) for method, rows in shown.items()}
+        pictures[name := f"{stem}_{budget}.svg"] = plots.frontier(estimates)
         text = f"![S&E and harmless requests helped]({name})"
-        parts.append(f"## At {PLAN[budget]}\n\n{_rates_table(shown, clusters)}\n\n{text}")
+        parts.append(f"## At {PLAN[budget]}\n\n{_rates_table(shown, estimates)}\n\n{text}")
     parts.append(
         f"## {design.method} less the others\n\n![effects]({stem}_effects.svg)\n\n" + _effects_table(found, design)
     )
@@ -83,22 +90,20 @@ def _methods(groups, design: Design, budget: str) -> dict[str, Sequence[Mapping[
     return {name: rows for name, rows in found.items() if rows}
 
 
-def _rates_table(methods: Mapping[str, Sequence[Mapping[str, Any]]], clusters) -> str:
+def _rates_table(
+    methods: Mapping[str, Sequence[Mapping[str, Any]]], estimates: Mapping[str, Mapping[str, Estimate]]
+) -> str:
     lines = []
     for name, rows in methods.items():
-        cells = [_percent(x) for x in rates(rows, clusters).values()]
-        told = {key: float(np.mean([row[key] for row in rows])) for key in COSTS}
-        gain = 100 * (_mean(rows, "SE") - _mean(methods.get(BASE, rows), "SE"))
+        cells = [_percent(x) for x in estimates[name].values()]
+        told = {key: mean_over_seeds(rows, key) for key in COSTS}
+        gain = 100 * (mean_over_seeds(rows, "SE") - mean_over_seeds(methods.get(BASE, rows), "SE"))
         tokens = told["generated_tokens"]
         cells += [f"{told['updates']:.0f}", f"{told['flops']:.2g}", f"{tokens:,.0f}"]
         cells.append(f"{gain / tokens * 10_000:+.1f}" if tokens else "")
         lines.append([name, *cells, f"{told['length']:.0f}", str(len(rows))])
     heads = ["updates", "FLOPs", "tokens explored", "points of S&E over base for 10,000 of them", "tokens per answer"]
     return _table(["method", *(TITLES[name] for name in RATES), *heads, "seeds"], lines)
-
-
-def _mean(rows: Sequence[Mapping[str, Any]], name: str) -> float:
-    return float(np.mean([np.mean(row[name]) for row in rows]))
 
 
 def _effects_table(found: Sequence[Effect], design: Design) -> str:
