@@ -41,9 +41,8 @@ def released(size: str, variant: str) -> ml_collections.ConfigDict:
     config.compute.update(dtype="bfloat16", remat="full", logprob_chunk=512)
     config.batch.update(trees=8, accumulate=1)
     config.loss.srpo.lambda_ = 0.3
-    config.explore.gather = config.eval.gather = (
-        size == "3B"
-    )  # a chip of 16 GB holds all of it beside its share of the state
+    # A chip of 16 GB holds all of a 3B beside its share of the training state.
+    config.explore.gather = config.eval.gather = size == "3B"
     config.rounds = 1
     config.updates = 200
     config.checkpoint_every = 50
